@@ -1,0 +1,1 @@
+"""gkd-dsl: a small language for distilling large language models."""

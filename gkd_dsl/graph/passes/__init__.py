@@ -1,0 +1,1 @@
+"""Passes over the graph: pure functions, each with a check of its output."""

@@ -1,0 +1,136 @@
+"""The plan: all that the runtime needs of a stage, and nothing else. Emitted by the last pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from gkd_dsl.graph.nodes import AttrValue, MetricNode, ModelNode, ProjectNode, StageNode
+from gkd_dsl.models.taps import TapPath
+from gkd_dsl.schedules import Schedule
+from gkd_dsl.types import Dim, LossType, TensorType
+
+
+@dataclass(frozen=True)
+class TapPlan:
+    """A tensor to take from a forward; `key` is its name in the step's environment."""
+
+    key: str
+    path: TapPath
+    type: TensorType
+
+
+@dataclass(frozen=True)
+class ForwardPlan:
+    """One forward. `stop_after` is the tap after which nothing more is needed (None: run it whole)."""
+
+    key: str
+    model: str
+    grad: bool
+    taps: tuple[TapPlan, ...]
+    stop_after: TapPath | None = None
+
+
+@dataclass(frozen=True)
+class Apply:
+    """`key = op(inputs, attrs)`. `inputs` pairs an argument name with a key of the environment.
+
+    For op `project`, input `block` names a projection of the plan. A loss-typed result is the tensor of
+    values per position, not reduced; the step reduces it as its `Counted` says. Inputs named `valid`,
+    `token_weight` and `sample_weight` of a loss are for that reduction; `valid` is also handed to the operator.
+    """
+
+    key: str
+    op: str
+    inputs: tuple[tuple[str, str], ...]
+    attrs: tuple[tuple[str, AttrValue], ...]
+    type: TensorType | LossType
+
+
+@dataclass(frozen=True)
+class Run:
+    """Run the forward of this key."""
+
+    forward: str
+
+
+@dataclass(frozen=True)
+class Free:
+    """Let go of these keys: nothing below reads them."""
+
+    keys: tuple[str, ...]
+
+
+Instruction = Run | Apply | Free
+
+
+@dataclass(frozen=True)
+class LossPlan:
+    """A named loss: sum of coefficient x reduced loss-typed key."""
+
+    name: str
+    parts: tuple[tuple[Schedule, str], ...]
+
+
+@dataclass(frozen=True)
+class Counted:
+    """Which positions of a loss-typed key count.
+
+    `dims` are its positions. Over each `L` axis a position counts where `valid` (a key that holds
+    `Bool[B, L]` or `Bool[B]`; None: every row) is true; over two `L` axes (query, key) where both are, and,
+    with `causal`, where the key is not after the query. Other axes multiply the count.
+    `token_weight` and `sample_weight` name keys that multiply the values and leave the count alone.
+    """
+
+    key: str
+    dims: tuple[Dim, ...]
+    valid: str | None
+    causal: bool = False
+    token_weight: str | None = None
+    sample_weight: str | None = None
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """What one stage runs.
+
+    `valid_program` computes every `valid` key from batch columns alone, so that denominators over
+    all micro-batches and ranks are known before the first forward; its keys are also there for `program`.
+    `program` gives every loss-typed key that `losses` reads; `counted` has one entry for each.
+    `weights[i]` is the weight of `losses[i]` in the objective. `columns` are the batch columns read.
+    """
+
+    name: str
+    stage: StageNode
+    models: tuple[ModelNode, ...]
+    projections: tuple[ProjectNode, ...]
+    forwards: tuple[ForwardPlan, ...]
+    valid_program: tuple[Apply, ...]
+    counted: tuple[Counted, ...]
+    program: tuple[Instruction, ...]
+    losses: tuple[LossPlan, ...]
+    weights: tuple[Schedule, ...]
+    columns: tuple[str, ...]
+    metrics: tuple[MetricPlan, ...] = ()
+
+    def forward(self, key: str) -> ForwardPlan:
+        return next(forward for forward in self.forwards if forward.key == key)
+
+
+@dataclass(frozen=True)
+class MetricPlan:
+    """A metric with its own program (no gradients): forwards, ops, then the inputs of the accumulator."""
+
+    metric: MetricNode
+    forwards: tuple[ForwardPlan, ...]
+    program: tuple[Instruction, ...]
+    inputs: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class SpecPlan:
+    """The whole spec, compiled."""
+
+    stages: tuple[StagePlan, ...]
+    backend: Literal["local", "ddp", "gemini"] = "local"
+    runtime: tuple[tuple[str, AttrValue], ...] = ()

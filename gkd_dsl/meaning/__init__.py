@@ -1,0 +1,1 @@
+"""What a spec means: names, taps, sizes, units and the objective, checked."""

@@ -1,0 +1,79 @@
+"""What is known of a model before its weights are loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from gkd_dsl.types import Dim
+
+Task = Literal["encoder", "classification", "masked_lm", "causal_lm"]
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """A tokenizer: `fingerprint` is equal for two that give the same ids for the same text."""
+
+    fingerprint: str
+    size: int
+    file: str
+
+
+@dataclass(frozen=True)
+class Build:
+    """How the runtime makes the model.
+
+    `kind`: `hf` loads the weights at `path`; `truncated` copies `base` (another model of the spec)
+    with only the blocks of `layers`; `random` makes it from the config with random weights.
+    `overrides` are config fields that differ from the file's.
+    """
+
+    kind: Literal["hf", "truncated", "random"]
+    path: str | None
+    base: str | None = None
+    layers: tuple[int, ...] | None = None
+    overrides: tuple[tuple[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """A model as its config describes it.
+
+    location     as written by the user ("bert-base-uncased", "./teacher", "package:name")
+    path         the folder with `config.json`; None for a formal model inside a method
+    family       key of the family table ("bert", "llama", ...), None for an unknown `model_type`
+    architecture the transformers class ("BertForSequenceClassification")
+    task         which head: `encoder` has no logits
+    sizes        H V N A KV D F C; only those that exist (no C without a classification head, ...)
+    size_fields  the config field of each size, for messages ("H" -> "hidden_size")
+    has_pooler   whether `pooled` exists
+    config       the parsed config.json with overrides applied
+    """
+
+    location: str
+    path: str | None
+    family: str | None
+    architecture: str
+    task: Task
+    sizes: tuple[tuple[str, int], ...]
+    size_fields: tuple[tuple[str, str], ...]
+    build: Build
+    vocabulary: Vocabulary | None = None
+    has_pooler: bool = False
+    formal: bool = False
+    config: Mapping[str, Any] = field(default_factory=dict, compare=False, hash=False)
+
+    def size(self, name: str) -> int | None:
+        return dict(self.sizes).get(name)
+
+    def dim(self, name: str, model: str) -> Dim:
+        """The axis `model.name` with its size (None for a formal model) and where it comes from."""
+        size = self.size(name)
+        source = dict(self.size_fields).get(name)
+        origin = f'config `{source}` of "{self.location}"' if source else None
+        return Dim(f"{model}.{name}", size, origin)
+
+    @property
+    def causal(self) -> bool:
+        return self.task == "causal_lm"

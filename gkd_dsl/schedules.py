@@ -1,0 +1,154 @@
+"""Schedules: numbers that change over a stage, as values.
+
+A schedule is a frozen tree; `value(clock)` is a pure function of where the stage is, so nothing of it
+needs saving. `number(1)` and arithmetic make constants of what does not change.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+Unit = Literal["percent", "steps", "epochs", "tokens"]
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Where a stage is, before the step about to be made.
+
+    `step` counts optimiser steps from 0; `total_steps` is fixed when the stage starts.
+    """
+
+    step: int
+    total_steps: int
+    steps_per_epoch: float
+    tokens: int = 0
+    counters: tuple[tuple[str, float], ...] = ()
+
+    @property
+    def epoch(self) -> float:
+        return self.step / self.steps_per_epoch if self.steps_per_epoch else 0.0
+
+
+@dataclass(frozen=True)
+class Span:
+    """A duration: `10%` of the stage, `500 steps`, `3 epochs`, `2M tokens`. A percent's amount is 10."""
+
+    amount: float
+    unit: Unit
+
+    def fraction(self, clock: Clock) -> float:
+        """How much of the duration has passed, at least 0, 1 at its end (and above after it)."""
+        if self.amount <= 0:
+            return math.inf
+        if self.unit == "percent":
+            # The last step of a stage is step total - 1; `until = 100%` ends there.
+            return clock.step / max(1.0, (clock.total_steps - 1) * self.amount / 100.0)
+        if self.unit == "steps":
+            return clock.step / self.amount
+        if self.unit == "epochs":
+            return clock.epoch / self.amount
+        return clock.tokens / self.amount
+
+    def __str__(self) -> str:
+        amount = f"{self.amount:g}"
+        return f"{amount}%" if self.unit == "percent" else f"{amount} {self.unit}"
+
+
+@dataclass(frozen=True)
+class Constant:
+    amount: float
+
+    def value(self, clock: Clock) -> float:
+        return self.amount
+
+    def __str__(self) -> str:
+        return f"{self.amount:g}"
+
+
+@dataclass(frozen=True)
+class Ramp:
+    """Linear from `start` to `end`, reached after `until` and kept."""
+
+    start: float
+    end: float
+    until: Span
+
+    def value(self, clock: Clock) -> float:
+        return self.start + (self.end - self.start) * min(1.0, self.until.fraction(clock))
+
+    def __str__(self) -> str:
+        return f"ramp({self.start:g} -> {self.end:g}, until = {self.until})"
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """Half a cosine from `start` to `end`, reached after `until` and kept."""
+
+    start: float
+    end: float
+    until: Span
+
+    def value(self, clock: Clock) -> float:
+        passed = min(1.0, self.until.fraction(clock))
+        return self.end + (self.start - self.end) * 0.5 * (1.0 + math.cos(math.pi * passed))
+
+    def __str__(self) -> str:
+        return f"cosine({self.start:g} -> {self.end:g}, until = {self.until})"
+
+
+@dataclass(frozen=True)
+class StepAt:
+    """`before` until the duration has passed, `after` from then on."""
+
+    before: float
+    after: float
+    at: Span
+
+    def value(self, clock: Clock) -> float:
+        return self.after if self.at.fraction(clock) >= 1.0 else self.before
+
+    def __str__(self) -> str:
+        return f"step_at({self.before:g} -> {self.after:g}, at = {self.at})"
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    op: Literal["+", "-", "*", "/"]
+    left: Schedule
+    right: Schedule
+
+    def value(self, clock: Clock) -> float:
+        left, right = self.left.value(clock), self.right.value(clock)
+        if self.op == "+":
+            return left + right
+        if self.op == "-":
+            return left - right
+        if self.op == "*":
+            return left * right
+        return left / right if right else math.nan
+
+    def __str__(self) -> str:
+        return f"({self.left} {self.op} {self.right})"
+
+
+Schedule = Constant | Ramp | Cosine | StepAt | Arithmetic
+
+
+def combine(op: Literal["+", "-", "*", "/"], left: Schedule, right: Schedule) -> Schedule:
+    """`left op right`, folded where both are constant or one is neutral."""
+    if isinstance(left, Constant) and isinstance(right, Constant):
+        return Constant(Arithmetic(op, left, right).value(Clock(0, 1, 1.0)))
+    if op == "*" and left == Constant(1.0):
+        return right
+    if op in "*/" and right == Constant(1.0):
+        return left
+    if op in "+-" and right == Constant(0.0):
+        return left
+    return Arithmetic(op, left, right)
+
+
+def is_zero(schedule: Schedule) -> bool:
+    """Whether the schedule is the constant zero."""
+    return isinstance(schedule, Constant) and schedule.amount == 0.0

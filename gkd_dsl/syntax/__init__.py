@@ -1,0 +1,1 @@
+"""The language as a person writes it: parser, tree, printer."""

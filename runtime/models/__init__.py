@@ -1,0 +1,1 @@
+"""Models with weights, and the tensors tapped inside them."""

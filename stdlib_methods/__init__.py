@@ -1,0 +1,1 @@
+"""The method library: one `.gkd` file a method."""
