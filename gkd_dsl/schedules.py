@@ -10,6 +10,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from gkd_dsl import aligners
+
 Unit = Literal["percent", "steps", "epochs", "tokens"]
 
 
@@ -133,7 +135,32 @@ class Arithmetic:
         return f"({self.left} {self.op} {self.right})"
 
 
-Schedule = Constant | Ramp | Cosine | StepAt | Arithmetic
+@dataclass(frozen=True)
+class InDrawnMap:
+    """1 while a pair of blocks is in the map that `random_sorted` drew, 0 otherwise.
+
+    `students`, `teachers`, `n` and `seed` are those of the aligner; the map is drawn anew every `every` epochs.
+    """
+
+    student: int
+    teacher: int
+    students: int
+    teachers: int
+    n: int | None
+    seed: int
+    every: float = 1.0
+
+    def value(self, clock: Clock) -> float:
+        # The quotient of two whole epochs may fall just short of a whole number.
+        draw = math.floor(clock.epoch / self.every + 1e-9)
+        pairs = aligners.random_sorted(self.students, self.teachers, n=self.n, seed=self.seed, epoch=draw)
+        return 1.0 if (self.student, self.teacher) in pairs else 0.0
+
+    def __str__(self) -> str:
+        return f"drawn({self.student} <- {self.teacher}, every = {self.every:g} epochs, seed = {self.seed})"
+
+
+Schedule = Constant | Ramp | Cosine | StepAt | Arithmetic | InDrawnMap
 
 
 def combine(op: Literal["+", "-", "*", "/"], left: Schedule, right: Schedule) -> Schedule:
@@ -152,3 +179,21 @@ def combine(op: Literal["+", "-", "*", "/"], left: Schedule, right: Schedule) ->
 def is_zero(schedule: Schedule) -> bool:
     """Whether the schedule is the constant zero."""
     return isinstance(schedule, Constant) and schedule.amount == 0.0
+
+
+def bounds(schedule: Schedule) -> tuple[float, float] | None:
+    """Numbers that the schedule never leaves, by interval arithmetic; None where a divisor may be zero."""
+    match schedule:
+        case Constant(amount=amount):
+            return amount, amount
+        case Ramp(start=first, end=second) | Cosine(start=first, end=second):
+            return min(first, second), max(first, second)
+        case StepAt(before=first, after=second):
+            return min(first, second), max(first, second)
+        case InDrawnMap():
+            return 0.0, 1.0
+    left, right = bounds(schedule.left), bounds(schedule.right)
+    if left is None or right is None or (schedule.op == "/" and right[0] <= 0.0 <= right[1]):
+        return None
+    ends = [Arithmetic(schedule.op, Constant(a), Constant(b)).value(Clock(0, 1, 1.0)) for a in left for b in right]
+    return min(ends), max(ends)
