@@ -30,6 +30,7 @@ class Clock:
 
     @property
     def epoch(self) -> float:
+        """Epochs of the stage so far, with their fraction."""
         return self.step / self.steps_per_epoch if self.steps_per_epoch else 0.0
 
 
@@ -60,9 +61,12 @@ class Span:
 
 @dataclass(frozen=True)
 class Constant:
+    """The same number throughout."""
+
     amount: float
 
     def value(self, clock: Clock) -> float:
+        """The number at this step."""
         return self.amount
 
     def __str__(self) -> str:
@@ -78,6 +82,7 @@ class Ramp:
     until: Span
 
     def value(self, clock: Clock) -> float:
+        """The number at this step."""
         return self.start + (self.end - self.start) * min(1.0, self.until.fraction(clock))
 
     def __str__(self) -> str:
@@ -93,6 +98,7 @@ class Cosine:
     until: Span
 
     def value(self, clock: Clock) -> float:
+        """The number at this step."""
         passed = min(1.0, self.until.fraction(clock))
         return self.end + (self.start - self.end) * 0.5 * (1.0 + math.cos(math.pi * passed))
 
@@ -109,6 +115,7 @@ class StepAt:
     at: Span
 
     def value(self, clock: Clock) -> float:
+        """The number at this step."""
         return self.after if self.at.fraction(clock) >= 1.0 else self.before
 
     def __str__(self) -> str:
@@ -117,11 +124,14 @@ class StepAt:
 
 @dataclass(frozen=True)
 class Arithmetic:
+    """Two schedules joined; a division by zero is NaN."""
+
     op: Literal["+", "-", "*", "/"]
     left: Schedule
     right: Schedule
 
     def value(self, clock: Clock) -> float:
+        """The number at this step."""
         left, right = self.left.value(clock), self.right.value(clock)
         if self.op == "+":
             return left + right
@@ -151,6 +161,7 @@ class InDrawnMap:
     every: float = 1.0
 
     def value(self, clock: Clock) -> float:
+        """The number at this step."""
         # The quotient of two whole epochs may fall just short of a whole number.
         draw = math.floor(clock.epoch / self.every + 1e-9)
         pairs = aligners.random_sorted(self.students, self.teachers, n=self.n, seed=self.seed, epoch=draw)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from gkd_dsl.ops.signature import Scalar, literal
+from gkd_dsl.ops.signature import literal
 from gkd_dsl.syntax import ast
 from gkd_dsl.types import Dim
 
@@ -112,7 +112,7 @@ def _binary(op: str, left: Operand, right: Operand) -> Operand:
             if right == 0:
                 return None
             whole = isinstance(left, int) and isinstance(right, int) and left % right == 0
-            return left // right if whole else left / right  # type: ignore[operator]
+            return left // right if whole else left / right
         case "%":
             return None if right == 0 else left % right
         case "<":
@@ -167,8 +167,8 @@ def describe(expr: ast.Expr, sizes: Sizes) -> str:
             return f"{op}{describe(value, sizes)}" if op == "-" else f"{op} {describe(value, sizes)}"
         case ast.Call(func=ast.Name(id=function), args=args):
             return f"{function}({', '.join(describe(arg.value, sizes) for arg in args)})"
-    value: Scalar = literal(expr)
-    return f'"{value}"' if isinstance(value, str) else str(value)
+    plain = literal(expr)
+    return f'"{plain}"' if isinstance(plain, str) else str(plain)
 
 
 def with_value(expr: ast.Expr, sizes: Sizes) -> str:

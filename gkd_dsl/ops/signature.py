@@ -25,6 +25,7 @@ class Slot:
 
     @property
     def variadic(self) -> bool:
+        """Whether it takes any number of tensors."""
         return self.type == "Floats"
 
     def __str__(self) -> str:
@@ -127,12 +128,13 @@ def _slot(arg: ast.SignatureArg) -> Slot:
 
 
 def _value(arg: ast.SignatureArg) -> Value:
-    low: Scalar = None
-    high: Scalar = None
+    low: float | None = None
+    high: float | None = None
     if arg.within is not None:
-        low, high = literal(arg.within.lo), literal(arg.within.hi)
-        if not isinstance(low, int | float) or not isinstance(high, int | float):
+        first, second = literal(arg.within.lo), literal(arg.within.hi)
+        if not isinstance(first, int | float) or not isinstance(second, int | float):
             raise ValueError(f"the bounds of `{arg.name.text}` must be numbers")
+        low, high = first, second
     return Value(
         arg.name.text,
         arg.type.name.text,  # type: ignore[arg-type]

@@ -82,7 +82,7 @@ class PairOf(Generic[T]):
     right: T
 
 
-class _Fails(Exception):
+class _MisfitError(Exception):
     def __init__(self, mismatch: Mismatch) -> None:
         self.mismatch = mismatch
 
@@ -93,7 +93,7 @@ def bind(spec: OpSpec, positional: Sequence[T | PairOf[T]], keywords: Mapping[st
     for signature in registry.signatures(spec):
         try:
             return _bind(spec, signature, positional, keywords)
-        except _Fails as fails:
+        except _MisfitError as fails:
             if best is None or fails.mismatch.score > best.score:
                 best = fails.mismatch
     assert best is not None
@@ -111,11 +111,11 @@ def _bind(
             message = (
                 f"`{spec.name}` takes {most} argument{'s' if most != 1 else ''} by position, {len(positional)} given"
             )
-            raise _Fails(Mismatch("unknown_argument", message, expected=signature.text, score=1))
+            raise _MisfitError(Mismatch("unknown_argument", message, expected=signature.text, score=1))
         arg = args[0]
         if isinstance(arg, Slot) and arg.variadic:
             if isinstance(item, PairOf):
-                raise _Fails(_no_pair(spec, arg.name, signature))
+                raise _MisfitError(_no_pair(spec, arg.name, signature))
             bound[str(place)] = item
             continue
         args.pop(0)
@@ -123,16 +123,18 @@ def _bind(
             if not isinstance(item, PairOf):
                 message = f"`{spec.name}` compares two tensors: write `{arg[0].name} <- {arg[1].name}`"
                 names = (arg[0].name, arg[1].name)
-                raise _Fails(Mismatch("wrong_type", message, names, arg[0].name, expected=signature.text, score=2))
+                raise _MisfitError(
+                    Mismatch("wrong_type", message, names, arg[0].name, expected=signature.text, score=2)
+                )
             bound[arg[0].name], bound[arg[1].name] = item.left, item.right
         elif isinstance(item, PairOf):
-            raise _Fails(_no_pair(spec, arg.name, signature))
+            raise _MisfitError(_no_pair(spec, arg.name, signature))
         else:
             bound[arg.name] = item
     for name, value in keywords.items():
         if name in bound:
             message = f"`{name}` of `{spec.name}` is given twice"
-            raise _Fails(Mismatch("repeated_argument", message, arg=name, expected=signature.text, score=3))
+            raise _MisfitError(Mismatch("repeated_argument", message, arg=name, expected=signature.text, score=3))
         bound[name] = value
     return bound
 
@@ -160,7 +162,7 @@ def check_call(
     for signature in chosen:
         try:
             return _attempt(spec, signature, tensors, values)
-        except _Fails as fails:
+        except _MisfitError as fails:
             if best is None or fails.mismatch.score > best.score:
                 best = fails.mismatch
     assert best is not None
@@ -198,12 +200,13 @@ def _no_choice(spec: OpSpec, compiled: tuple[Compiled, ...], values: Mapping[str
         for name, words in _words(signature).items():
             legal.setdefault(name, {}).update(dict.fromkeys(words))
     name = next((n for n in legal if n in values and values[n] not in legal[n]), next(iter(legal)))
-    words = list(legal[name])
+    allowed = list(legal[name])
     given = values[name]
     shown = f'"{given}"' if isinstance(given, str) else str(given)
-    message = f"`{name}` of `{spec.name}` is {_or([f'"{word}"' for word in words])}, not {shown}"
-    close = difflib.get_close_matches(given, words, n=1) if isinstance(given, str) else []
-    return Mismatch("out_of_range", message, arg=name, suggestions=tuple(dict.fromkeys([*close, *words])))
+    quoted = [f'"{word}"' for word in allowed]
+    message = f"`{name}` of `{spec.name}` is {_or(quoted)}, not {shown}"
+    close = difflib.get_close_matches(given, allowed, n=1) if isinstance(given, str) else []
+    return Mismatch("out_of_range", message, arg=name, suggestions=tuple(dict.fromkeys([*close, *allowed])))
 
 
 def _or(words: Sequence[str]) -> str:
@@ -250,9 +253,9 @@ class _Call:
         self.leading: list[_Axis] | None = None
         self.sizes = Sizes()
 
-    def fail(self, score: float, kind: MismatchKind, message: str, **details: object) -> _Fails:
+    def fail(self, score: float, kind: MismatchKind, message: str, **details: object) -> _MisfitError:
         details.setdefault("expected", self.signature.text)
-        return _Fails(Mismatch(kind, message, score=score, **details))  # type: ignore[arg-type]
+        return _MisfitError(Mismatch(kind, message, score=score, **details))  # type: ignore[arg-type]
 
     def arguments(self, values: Mapping[str, AttrValue]) -> None:
         """Every given name is one of this overload; every tensor that it needs is there."""
@@ -331,7 +334,7 @@ class _Call:
                 self.sizes.counts[slot.name] = self.sizes.counts.get(slot.name, 0) + 1
         self.sizes.dims = {variable: axis.dim for variable, axis in self.axes.items()}
 
-    def rank(self, name: str, slot: Slot) -> _Fails:
+    def rank(self, name: str, slot: Slot) -> _MisfitError:
         given = self.tensors[name]
         many = len(given.dims)
         message = f"`{self.named(name)}` of `{self.spec.name}` must be {slot}; it is {given} with {many} "
@@ -438,7 +441,7 @@ class _Call:
         made_of_axes = isinstance(expr, ast.Binary) and all(part in self.axes for part in conditions.names_in(expr))
         return conditions.describe(expr, self.sizes) if made_of_axes else name
 
-    def condition(self, condition: ast.Expr) -> _Fails:
+    def condition(self, condition: ast.Expr) -> _MisfitError:
         """A condition that does not hold, with the numbers and with numbers that would do."""
         message = conditions.failure(condition, self.sizes)
         parts = conditions.divisibility(condition)
