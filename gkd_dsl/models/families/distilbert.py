@@ -1,0 +1,57 @@
+"""DistilBERT (Sanh et al., arXiv 1910.01108)."""
+
+from gkd_dsl.models.families.table import Family, Place
+
+DISTILBERT = Family(
+    name="distilbert",
+    fields={
+        "H": "dim",
+        "V": "vocab_size",
+        "N": "n_layers",
+        "A": "n_heads",
+        "KV": "n_heads",
+        "D": "dim",
+        "F": "hidden_dim",
+    },
+    aliases={"hidden_size": "dim", "num_attention_heads": "n_heads", "num_hidden_layers": "n_layers"},
+    defaults={
+        "vocab_size": 30522,
+        "max_position_embeddings": 512,
+        "sinusoidal_pos_embds": False,
+        "n_layers": 6,
+        "n_heads": 12,
+        "dim": 768,
+        "hidden_dim": 3072,
+        "dropout": 0.1,
+        "attention_dropout": 0.1,
+        "activation": "gelu",
+        "initializer_range": 0.02,
+        "qa_dropout": 0.1,
+        "seq_classif_dropout": 0.2,
+        "pad_token_id": 0,
+        "eos_token_id": None,
+        "bos_token_id": None,
+        "tie_word_embeddings": True,
+    },
+    classes={
+        "encoder": "DistilBertModel",
+        "classification": "DistilBertForSequenceClassification",
+        "masked_lm": "DistilBertForMaskedLM",
+    },
+    prefix="distilbert",
+    blocks="transformer.layer",
+    embed=Place("embeddings"),
+    embeddings=("embeddings",),
+    words="embeddings.word_embeddings.weight",
+    attention="attention",
+    q=Place("attention.q_lin", transform="heads"),
+    k=Place("attention.k_lin", transform="heads"),
+    v=Place("attention.v_lin", transform="heads"),
+    attn_out=Place("attention"),
+    mlp=Place("ffn"),
+    heads={
+        "classification": ("pre_classifier", "classifier"),
+        "masked_lm": ("vocab_transform", "vocab_layer_norm", "vocab_projector"),
+    },
+    row_heads=("classification",),
+)
