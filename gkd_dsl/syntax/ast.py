@@ -92,7 +92,9 @@ class Unary(Node):
 
 @dataclass(frozen=True)
 class Binary(Node):
-    op: Literal["+", "-", "*", "/", "&", "==", "!=", "<", "<=", ">", ">=", "and", "or"]
+    """Two operands; `%` only in the `where` of a signature."""
+
+    op: Literal["+", "-", "*", "/", "%", "&", "==", "!=", "<", "<=", ">", ">=", "and", "or"]
     op_span: Span
     left: Expr
     right: Expr
