@@ -112,7 +112,7 @@ COMMON: Final = (
     SourceArg(
         "seed", "int", 0, "draws the held-out rows, the same in every stage; the order is the stage's seed", low=0
     ),
-    SourceArg("max_length", "int", None, "tokens a row is cut to; else the stage's, else 128", low=2),
+    SourceArg("max_length", "int", None, "tokens a row is cut to, unless the stage says; else 128", low=2),
     SourceArg("mask_probability", "ratio", 0.15, "masked models: the share of tokens to predict", low=0.0, high=1.0),
     SourceArg("add_eos", "bool", True, "causal models: end a text that is not cut with the end-of-text token"),
     SourceArg("workers", "int", None, "processes that tokenise; else by the number of rows and cores", low=1),

@@ -148,6 +148,10 @@ def _disagreements(args: Mapping[str, AttrValue]) -> Iterator[SourceProblem]:
         yield SourceProblem("labels", "a label stands twice in `labels`")
     if args.get("prompt") and not args.get("completion"):
         yield SourceProblem("prompt", "`prompt` needs `completion`, the column that is learned")
+    used = used_columns(args) if "text" in args else {}
+    for role, column in used.items():
+        if list(used.values()).index(column) != list(used).index(role):
+            yield SourceProblem(role, f"the column `{column}` is named by two arguments", kind="column")
     columns = args.get("columns")
     if isinstance(columns, tuple) and columns:
         if any(not isinstance(name, str) or not name for name in columns):

@@ -150,7 +150,9 @@ def json_lines(path: Path, args: Mapping[str, AttrValue]) -> Iterator[tuple[int,
                 reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
                 raise ReadError(path, line, f"the line is not JSON ({reason})", hint=_jsonl_hint(text, line)) from error
             if not isinstance(value, dict):
-                found = {list: "a list", str: "a text"}.get(type(value), "a number or a word")
+                found = (
+                    "a list" if isinstance(value, list) else "a text" if isinstance(value, str) else "a number or word"
+                )
                 hint = 'each line is one object, such as {"text": "..."}'
                 raise ReadError(path, line, f"the line holds {found}, not an object", hint=hint)
             yield line, value
