@@ -158,7 +158,7 @@ OPS: tuple[OpSpec, ...] = (
     OpSpec(
         "per_sample",
         "tensor",
-        ("per_sample(x: Loss[B, ...]) -> Float[B]",),
+        ("per_sample(x: Loss[B, ...], causal: bool = false) -> Float[B]",),
         "The mean of a loss over the positions that count in each sample; 0 for a sample without any.",
         "sum_l valid_l x_l / max(1, sum_l valid_l)",
         masked=True,

@@ -1,0 +1,106 @@
+"""Arithmetic and comparisons, element by element; one side may be a number."""
+
+from __future__ import annotations
+
+import torch
+from gkd_dsl.runtime.ops.common import full
+from gkd_dsl.runtime.ops.registry import function
+from torch import Tensor
+
+Operand = Tensor | float
+
+
+def _full(x: Operand) -> Operand:
+    return full(x) if isinstance(x, Tensor) else x
+
+
+@function("add")
+def add(a: Operand, b: Operand) -> Tensor:
+    """a + b."""
+    return a + b  # type: ignore[return-value]
+
+
+@function("sub")
+def sub(a: Operand, b: Operand) -> Tensor:
+    """a - b."""
+    return a - b  # type: ignore[return-value]
+
+
+@function("mul")
+def mul(a: Operand, b: Operand) -> Tensor:
+    """a b."""
+    return a * b  # type: ignore[return-value]
+
+
+@function("div")
+def div(a: Operand, b: Operand) -> Tensor:
+    """a / b; inf or NaN where b is 0."""
+    return a / b  # type: ignore[return-value]
+
+
+@function("pow")
+def power(a: Operand, b: Operand) -> Tensor:
+    """a^b, in fp32."""
+    return torch.pow(_full(a), _full(b))  # type: ignore[arg-type, call-overload, no-any-return]
+
+
+@function("neg")
+def neg(x: Tensor) -> Tensor:
+    """-x."""
+    return -x
+
+
+@function("log")
+def log(x: Tensor) -> Tensor:
+    """Natural logarithm, in fp32."""
+    return full(x).log()
+
+
+@function("exp")
+def exp(x: Tensor) -> Tensor:
+    """Exponential, in fp32."""
+    return full(x).exp()
+
+
+@function("abs")
+def absolute(x: Tensor) -> Tensor:
+    """|x|."""
+    return x.abs()
+
+
+@function("sqrt")
+def sqrt(x: Tensor) -> Tensor:
+    """Square root, in fp32, with gradient 0 at 0, where the true one is infinite."""
+    x = full(x)
+    zero = x == 0
+    return torch.where(zero, x.new_zeros(()), torch.where(zero, x.new_ones(()), x).sqrt())
+
+
+@function("less")
+def less(a: Operand, b: Operand) -> Tensor:
+    """a < b: Bool."""
+    return a < b  # type: ignore[return-value]
+
+
+@function("less_equal")
+def less_equal(a: Operand, b: Operand) -> Tensor:
+    """a <= b: Bool."""
+    return a <= b  # type: ignore[return-value]
+
+
+@function("greater")
+def greater(a: Operand, b: Operand) -> Tensor:
+    """a > b: Bool."""
+    return a > b  # type: ignore[return-value]
+
+
+@function("greater_equal")
+def greater_equal(a: Operand, b: Operand) -> Tensor:
+    """a >= b: Bool."""
+    return a >= b  # type: ignore[return-value]
+
+
+@function("select")
+def select(cond: Tensor, a: Operand, b: Operand) -> Tensor:
+    """a where the condition holds, b elsewhere."""
+    return torch.where(cond, a, b)  # type: ignore[arg-type, call-overload, no-any-return]

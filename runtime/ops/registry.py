@@ -1,0 +1,42 @@
+"""The functions behind the operators, one for each name of the language."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+Operator = Callable[..., Tensor]
+_F = TypeVar("_F", bound=Callable[..., Tensor])
+
+_FUNCTIONS: dict[str, Operator] = {}
+
+
+def function(name: str) -> Callable[[_F], _F]:
+    """Make a function the operator of this name. Raises ValueError when the name is taken."""
+
+    def add(implementation: _F) -> _F:
+        if name in _FUNCTIONS:
+            raise ValueError(f"there is a function for `{name}` already")
+        _FUNCTIONS[name] = implementation
+        return implementation
+
+    return add
+
+
+def functions() -> dict[str, Operator]:
+    """Every operator's function by name, the user's included. The dictionary is a copy."""
+    from gkd_dsl.runtime.ops import arithmetic, distances, divergences, masks, relations, tensors
+
+    # Importing the modules is what fills the table.
+    assert all((arithmetic, distances, divergences, masks, relations, tensors))
+    return dict(_FUNCTIONS)
+
+
+def apply(name: str, inputs: dict[str, Any], attrs: dict[str, Any]) -> Tensor:
+    """Call an operator with its tensors by slot and its plain arguments; schedules must be numbers by now.
+
+    Raises KeyError for a name that no function has.
+    """
+    return functions()[name](**inputs, **attrs)
