@@ -65,7 +65,7 @@ def choose(table: Table, args: Mapping[str, AttrValue], mapping: LabelMap | None
     if not kept:
         raise DataError("no row is left: " + _why(left_out), arg="path")
     rows = rows if len(kept) == rows.num_rows else rows.select(kept)
-    return Chosen(rows, numbers if mapping is not None else None, left_out)  # type: ignore[arg-type]
+    return Chosen(rows, numbers if mapping is not None else None, left_out)
 
 
 def _numbered(
