@@ -1,0 +1,287 @@
+"""Models and tokenizers from what the checker knows of them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as hf_logging
+
+from gkd_dsl.models.describe import describe
+from gkd_dsl.models.errors import ModelError
+from gkd_dsl.models.families import FAMILIES
+from gkd_dsl.models.info import ModelInfo, Task
+
+log = logging.getLogger("gkd_dsl")
+
+_AUTO: dict[Task, str] = {
+    "encoder": "AutoModel",
+    "classification": "AutoModelForSequenceClassification",
+    "masked_lm": "AutoModelForMaskedLM",
+    "causal_lm": "AutoModelForCausalLM",
+}
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What did not come from the saved weights.
+
+    new      parameters that start from random values
+    dropped  saved tensors that this model has no place for
+    """
+
+    name: str
+    new: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        lines = []
+        if self.new:
+            lines.append(f"{self.name}: {_some(self.new)} start from random values: train before use")
+        if self.dropped:
+            lines.append(f"{self.name}: {_some(self.dropped)} of the saved weights are not used")
+        return "; ".join(lines)
+
+
+def load(
+    info: ModelInfo,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    models: Mapping[str, PreTrainedModel] | None = None,
+    seed: int = 0,
+) -> PreTrainedModel:
+    """The model, in eval mode, in `dtype` (float32 unless given) on `device`; what is new in it is logged.
+
+    `models` holds the models of the spec made so far (the base of a truncated one). `seed` gives new weights.
+
+    Raises ModelError.
+    """
+    model, report = load_with_report(info, dtype=dtype, device=device, models=models, seed=seed)
+    if report.new or report.dropped:
+        log.warning("%s", report)
+    return model
+
+
+def load_with_report(
+    info: ModelInfo,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    models: Mapping[str, PreTrainedModel] | None = None,
+    seed: int = 0,
+) -> tuple[PreTrainedModel, LoadReport]:
+    """As `load`, with the report instead of a log line."""
+    with _quiet(), _seeded(seed):
+        if info.formal:
+            raise ModelError(f"{info.location} is the model of a method: it has no weights")
+        if info.build.kind == "hf":
+            model, report = _from_weights(info, dtype or torch.float32)
+        elif info.build.kind == "random":
+            model = build(info)
+            report = LoadReport(info.location, new=tuple(name for name, _ in model.named_parameters()))
+        else:
+            model, report = _truncated(info, models or {})
+    if info.task == "classification" and model.config.pad_token_id is None:
+        model.config.pad_token_id = _pad_token(info, model)
+    model = model.to(device=device, dtype=dtype or torch.float32)  # type: ignore[arg-type]
+    return model.eval(), report
+
+
+def build(info: ModelInfo) -> PreTrainedModel:
+    """The model with the weights its config starts from (on the meta device, none).
+
+    Raises ModelError for a config that its class refuses.
+    """
+    config = config_of(info)
+    try:
+        if info.family is None:
+            return getattr(transformers, _AUTO[info.task]).from_config(config)
+        return getattr(transformers, info.architecture)(config)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ModelError(f'"{info.location}" cannot be built: {_first_line(error)}') from None
+
+
+def config_of(info: ModelInfo) -> PreTrainedConfig:
+    """The transformers config of a model, with the spec's overrides.
+
+    Raises ModelError.
+    """
+    fields = dict(info.config)
+    if not fields:
+        overrides = {key: value for key, value in info.build.overrides if key != "num_labels"}
+        fields = dict(
+            describe(info.path or info.location, task=info.task, num_labels=info.size("C"), overrides=overrides).config
+        )
+    kind = fields.pop("model_type", None)
+    fields["architectures"] = [info.architecture]
+    try:
+        config_class = transformers.CONFIG_MAPPING[kind]
+    except KeyError:
+        raise ModelError(f'this release of transformers has no model_type "{kind}"') from None
+    try:
+        return config_class.from_dict(fields)
+    except Exception as error:  # the config classes raise errors of a private library
+        raise ModelError(f'the config of "{info.location}" is refused: {_first_line(error)}') from None
+
+
+def load_tokenizer(info: ModelInfo) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a model; one without a padding token pads with its end-of-text token.
+
+    Raises ModelError where there is none.
+    """
+    if info.path is None:
+        raise ModelError(f"{info.location} is the model of a method: it has no tokenizer")
+    source, revision = _source(info, tokenizer=True)
+    try:
+        with _quiet():
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source, revision=revision)
+    except Exception as error:  # whatever a tokenizer's own code raises on files that it does not understand
+        raise ModelError(
+            f'"{info.location}" has no tokenizer that can be loaded: {_first_line(error)}',
+            "save one beside the model with save_pretrained",
+        ) from None
+    if tokenizer.pad_token is None and tokenizer.eos_token is not None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _from_weights(info: ModelInfo, dtype: torch.dtype) -> tuple[PreTrainedModel, LoadReport]:
+    config = config_of(info)
+    source, revision = _source(info)
+    name = info.architecture if info.family is not None else _AUTO[info.task]
+    try:
+        model, found = getattr(transformers, name).from_pretrained(
+            source,
+            revision=revision,
+            config=config,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f'the weights of "{info.location}" cannot be loaded: {_first_line(error)}') from None
+    resized = [entry[0] if isinstance(entry, (tuple, list)) else entry for entry in found["mismatched_keys"]]
+    body = _body_names(model)
+    if wrong := [key for key in resized if key in body]:
+        raise ModelError(
+            f'{_some(wrong)} of "{info.location}" have other shapes than its config says',
+            "fields that change shapes are for random_init, not for saved weights",
+        )
+    return model, LoadReport(
+        info.location,
+        new=tuple(sorted({*found["missing_keys"], *resized})),
+        dropped=tuple(sorted(found["unexpected_keys"])),
+    )
+
+
+def _body_names(model: PreTrainedModel) -> set[str]:
+    body = {id(parameter) for parameter in model.base_model.parameters()}
+    return {name for name, parameter in model.named_parameters(remove_duplicate=False) if id(parameter) in body}
+
+
+def _truncated(info: ModelInfo, models: Mapping[str, PreTrainedModel]) -> tuple[PreTrainedModel, LoadReport]:
+    """Copy a base model's embeddings, chosen blocks, norms, pooler and, where shapes agree, head."""
+    base = models.get(info.build.base or "")
+    if base is None:
+        raise ModelError(f"{info.build.base} is to be truncated, and is not loaded")
+    family = FAMILIES[info.family or ""]
+    model = build(info)
+    layers = info.build.layers or ()
+    body, head = base.base_model.state_dict(), base.state_dict()
+    prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
+    new: list[str] = []
+    with torch.no_grad():
+        for name, target in model.state_dict().items():
+            if not name.startswith(prefix):
+                source = head.get(name)
+            else:
+                source = body.get(_renumbered(name.removeprefix(prefix), family.blocks, layers))
+            if source is not None and source.shape == target.shape:
+                target.copy_(source)
+            else:
+                new.append(name)
+    model.tie_weights()
+    owned = {name for name, _ in model.named_parameters()}
+    return model, LoadReport(f"truncated({info.build.base})", new=tuple(name for name in new if name in owned))
+
+
+def _renumbered(name: str, blocks: str, layers: tuple[int, ...]) -> str:
+    """The base's name of a parameter: block k of the new model is block `layers[k]` of the base."""
+    if not name.startswith(f"{blocks}."):
+        return name
+    index, _, rest = name.removeprefix(f"{blocks}.").partition(".")
+    return f"{blocks}.{layers[int(index)]}.{rest}"
+
+
+def _source(info: ModelInfo, *, tokenizer: bool = False) -> tuple[str, str | None]:
+    """What to hand to `from_pretrained`: the folder or, for a hub model not yet fetched whole, its id and revision."""
+    folder = Path(info.path or "")
+    in_cache = folder.parent.name == "snapshots"
+    if in_cache and not any(any(folder.glob(pattern)) for pattern in _WEIGHTS):
+        repo, _, revision = info.location.partition("@")
+        return repo, revision or None
+    if not tokenizer and not any(any(folder.glob(pattern)) for pattern in _WEIGHTS):
+        raise ModelError(
+            f"{info.location} has no weights (model.safetensors) beside its config.json",
+            f'random_init("{info.location}") makes it with random weights',
+        )
+    return str(folder), None
+
+
+def _pad_token(info: ModelInfo, model: PreTrainedModel) -> int | None:
+    """The id that a decoder's classifier takes for padding: the tokenizer's, else the end of text."""
+    if info.vocabulary is not None:
+        return load_tokenizer(info).pad_token_id
+    end = model.config.eos_token_id
+    return end[0] if isinstance(end, list) else end
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' own warnings and progress bars; what matters is in the report."""
+    level = hf_logging.get_verbosity()
+    bars = hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity(hf_logging.CRITICAL)
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(level)
+        if bars:
+            hf_logging.enable_progress_bar()
+
+
+def _some(names: Any) -> str:
+    names = list(names)
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def part_parameters(model: PreTrainedModel, modules: tuple[str, ...]) -> list[tuple[str, nn.Parameter]]:
+    """The parameters of modules named as by `part_modules`, each once, by their names in the model.
+
+    A weight that a head shares with the embeddings belongs to both parts, under the first of its names.
+    """
+    wanted = {id(parameter) for name in modules for parameter in model.get_submodule(name).parameters()}
+    return [(name, parameter) for name, parameter in model.named_parameters() if id(parameter) in wanted]
