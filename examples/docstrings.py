@@ -13,6 +13,7 @@ from pathlib import Path
 import gkd_dsl
 
 SKIPPED = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "turtledemo", "encodings"}
+NOT_PROSE = (" ", "\t", ">>>", "-", "*", "+", "|", "@", ":", "=", "#")
 SHORTEST, LONGEST = 20, 400
 
 
