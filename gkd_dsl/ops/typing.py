@@ -353,7 +353,7 @@ class _Call:
                 f"`{self.named(other)}` and `{self.named(name)}` of `{self.spec.name}` must have the same leading "
                 f"axes; they are {self.tensors[other]} and {self.tensors[name]}"
             )
-            raise self.fail(4.5, "rank", message, slots=(other, name), arg=slot.name)
+            raise self.fail(5.5, "rank", message, slots=(other, name), arg=slot.name)
         for number, axis in enumerate(found):
             self.leading[number] = self.agree("...", self.leading[number], axis)
 
