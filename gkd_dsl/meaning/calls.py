@@ -1,0 +1,136 @@
+"""Calls: which function is meant, and its arguments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gkd_dsl.meaning import builtins, declare, operators, paths
+from gkd_dsl.meaning.context import Context, replace, suggest
+from gkd_dsl.meaning.scope import Scope
+from gkd_dsl.meaning.values import (
+    UNKNOWN,
+    LossFunction,
+    Method,
+    Model,
+    PythonModule,
+    TapPart,
+    Unknown,
+    Value,
+    kind,
+)
+from gkd_dsl.ops import registry
+from gkd_dsl.syntax import ast
+
+LATER = {
+    "coin", "random_spans", "roll", "gradient", "norm", "gate", "groups", "teachers", "selector", "keep",
+    "rollout", "cached", "logit_cache", "bnb", "peft", "torchao", "evaluate", "loss_reward",
+}  # fmt: skip
+"""Functions of passes, events, policies and generation: known to the checker, not run in this version."""
+
+DECLARED = {
+    "hf": "a model: `teacher t = hf(...)`",
+    "truncated": "a model: `student s = truncated(t, layers = [...])`",
+    "random_init": 'a model: `student s = random_init("...")`',
+    "linear": "a projection: `project W = linear(s.H -> t.H)`",
+}
+
+
+def is_function(name: str) -> bool:
+    """Whether a name is a function of the language."""
+    return name in builtins.BUILTINS or name in LATER or name in DECLARED or registry.lookup(name) is not None
+
+
+@dataclass(frozen=True)
+class Callee:
+    name: str
+    spec: registry.OpSpec
+
+
+def call(ctx: Context, scope: Scope, expr: ast.Call) -> Value:
+    """The value of a call."""
+    func = expr.func
+    if isinstance(func, ast.Attr):
+        return _call_member(ctx, scope, expr, func)
+    if not isinstance(func, ast.Name):
+        return ctx.error(scope, "E0228", "only a name can be called", func.span)
+    name = func.id
+    found = scope.find(name)
+    if found is not None:
+        found[0].used = True
+        value = declare.value_of(ctx, found[1], found[0], func.span, scope)
+        if isinstance(value, Unknown):
+            return UNKNOWN
+        if isinstance(value, LossFunction):
+            return _call_loss(ctx, scope, value, expr)
+        if isinstance(value, Model):
+            # `t(roll(batch))`: a further forward on other inputs.
+            for arg in expr.args:
+                ctx.evaluate(scope, arg.value)
+            return ctx.not_yet(scope, "a forward on other inputs", expr.span)
+        if isinstance(value, Method):
+            return ctx.error(scope, "E0229", f"`{name}` is a method: write `use {expr.span.text} as ...`", func.span)
+        if not is_function(name):
+            return ctx.error(scope, "E0228", f"`{name}` is {kind(value)}, and is not called", func.span)
+    spec = registry.lookup(name)
+    if spec is not None:
+        return operators.call(ctx, scope, spec, expr)
+    if name in builtins.BUILTINS:
+        return builtins.call(ctx, scope, name, expr)
+    if name in LATER:
+        for arg in expr.args:
+            ctx.evaluate(scope, arg.value)
+        return ctx.not_yet(scope, f"`{name}`", expr.span)
+    if name in DECLARED:
+        return ctx.error(scope, "E0230", f"`{name}` declares {DECLARED[name]}", func.span, "not inside an expression")
+    candidates = [*registry.names(), *builtins.BUILTINS, *LATER]
+    label, near = suggest(name, candidates)
+    return ctx.error(
+        scope,
+        "E0231",
+        f"there is no operator or function `{name}`",
+        func.span,
+        label or "not known",
+        notes=[] if near else ["`gkd explain operators` lists them"],
+        fix=replace(func.span, near) if near else None,
+    )
+
+
+def _call_member(ctx: Context, scope: Scope, expr: ast.Call, func: ast.Attr) -> Value:
+    base = ctx.evaluate(scope, func.base)
+    match base:
+        case Unknown():
+            for arg in expr.args:
+                ctx.evaluate(scope, arg.value)
+            return UNKNOWN
+        case Model() | TapPart():
+            return paths.called(ctx, scope, base, expr, func)
+        case PythonModule():
+            return operators.call_python(ctx, scope, base, expr, func)
+    return ctx.error(scope, "E0228", f"`{func.name.text}` of {kind(base)} is not called", func.name.span)
+
+
+def _call_loss(ctx: Context, scope: Scope, function: LossFunction, expr: ast.Call) -> Value:
+    """A loss as a function of models or passes: `soft(probe)`, `kd_loss(big -> mid)`."""
+    decl = function.decl
+    assert decl.formals is not None
+    written: list[ast.Expr] = []
+    for arg in expr.args:
+        if isinstance(arg.value, ast.Arrow):
+            written += [arg.value.left, arg.value.right]
+        else:
+            written.append(arg.value)
+    if len(written) != len(decl.formals):
+        return ctx.error(
+            scope, "E0232", f"`{decl.name.text}` takes {len(decl.formals)} argument(s), not {len(written)}", expr.span,
+        )  # fmt: skip
+    bound: dict[str, Value] = {}
+    for formal, given in zip(decl.formals, written, strict=True):
+        value = ctx.evaluate(scope, given)
+        if isinstance(value, Unknown):
+            return UNKNOWN
+        wants_model = formal.role is not None or (formal.type is not None and formal.type.name.text == "model")
+        if wants_model and not isinstance(value, Model):
+            return ctx.error(scope, "E0233", f"`{formal.name.text}` is a model, and this is {kind(value)}", given.span)
+        bound[formal.name.text] = value
+    inner = function.scope.child(**bound)
+    return declare.loss_value(ctx, inner, decl.value, name=None)

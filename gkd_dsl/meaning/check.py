@@ -1,0 +1,141 @@
+"""The check of a spec: from its text to a typed graph, or to what is wrong with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import networkx as nx
+
+from gkd_dsl.diagnostics import Diagnostics
+from gkd_dsl.graph.nodes import AttrValue, StageNode
+from gkd_dsl.meaning import imports, parameters, settings, specimens, stages
+from gkd_dsl.meaning.context import Context, ResolvedParam
+from gkd_dsl.meaning.declare import value_of
+from gkd_dsl.meaning.evaluate import evaluate
+from gkd_dsl.meaning.scope import Scope
+from gkd_dsl.meaning.values import Instance, Model
+from gkd_dsl.source import Source, Span
+from gkd_dsl.syntax import ast, parse
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A checked spec.
+
+    diagnostics  what is wrong or doubtful; `ok` where no error is among them
+    later        what checks but does not run in this version
+    graph        the typed graph (complete only where `ok`)
+    unset        parameters without a value, which a run needs
+    """
+
+    file: ast.File
+    diagnostics: Diagnostics
+    later: Diagnostics
+    graph: nx.MultiDiGraph
+    stages: tuple[StageNode, ...]
+    models: Mapping[str, Model]
+    params: Mapping[str, ResolvedParam]
+    unset: Mapping[str, Span]
+    instances: Mapping[str, Instance]
+    runtime: tuple[tuple[str, AttrValue], ...]
+    root: Path
+    python: tuple[str, ...] = ()
+    scope: Scope | None = field(default=None, repr=False)
+
+    @property
+    def ok(self) -> bool:
+        return self.diagnostics.ok
+
+
+def check_path(
+    path: str | Path,
+    *,
+    params: Mapping[str, str] | None = None,
+    offline: bool | None = None,
+    trust: bool = False,
+) -> Checked:
+    """Check a file. `params` are texts as on the command line (`{"T": "2.0"}`).
+
+    Raises OSError or UnicodeDecodeError where the file itself cannot be read.
+    """
+    path = Path(path)
+    text = path.read_bytes().decode("utf-8-sig")
+    return check_text(
+        text, str(path), path=path, params=params, offline=offline, trust=trust, root=path.resolve().parent
+    )
+
+
+def check_text(
+    text: str,
+    name: str = "<text>",
+    *,
+    path: Path | None = None,
+    params: Mapping[str, str] | None = None,
+    offline: bool | None = None,
+    trust: bool = False,
+    root: Path | None = None,
+) -> Checked:
+    """Check a text; relative paths in it start at `root` (the current folder)."""
+    source = Source(name, text, path)
+    file, found = parse(source)
+    ctx = Context(root or Path.cwd(), overrides=dict(params or {}), offline=offline, trust=trust, evaluator=evaluate)
+    for diagnostic in found:
+        ctx.diagnostics.add(diagnostic)
+    scope = Scope(source, root=ctx.root)
+    ctx.root_scope = scope
+    if path is not None:
+        ctx.loading.append((path.resolve(), None))
+    imports.collect(ctx, scope, file.items)
+    imports.load_all(ctx, scope)
+    parameters.unknown_overrides(ctx, scope)
+    runtime = _elaborate(ctx, scope, file)
+    return Checked(
+        file,
+        ctx.diagnostics,
+        ctx.later,
+        ctx.builder.graph,
+        tuple(ctx.stages),
+        ctx.models,
+        ctx.params,
+        ctx.unset_params,
+        ctx.instances,
+        runtime,
+        ctx.root,
+        tuple(i.path.value for i in file.items if isinstance(i, ast.ImportPython)),
+        scope,
+    )
+
+
+def _elaborate(ctx: Context, scope: Scope, file: ast.File) -> tuple[tuple[str, AttrValue], ...]:
+    models = [d for d in scope.names.values() if isinstance(d.decl, ast.ModelDecl)]
+    rest = [d for d in scope.names.values() if not isinstance(d.decl, ast.ModelDecl)]
+    for definition in (*models, *rest):
+        value_of(ctx, scope, definition, definition.span or file.items[0].span, scope)
+    steps = [item for item in file.items if isinstance(item, ast.Stage | ast.Run)]
+    methods = [item for item in file.items if isinstance(item, ast.MethodDecl)]
+    if methods and not models and not steps:
+        specimens.check_methods(ctx, scope, methods)
+    elif not steps and not any(d.severity == "error" for d in ctx.diagnostics):
+        ctx.error(
+            scope, "E0418", "this spec has no stage", _end(file), "nothing would be trained",
+            notes=["write `stage main for 3 epochs { minimize ... }`"],
+        )  # fmt: skip
+    for item in steps:
+        if isinstance(item, ast.Stage):
+            stages.elaborate(ctx, scope, item)
+        else:
+            stages.run(ctx, scope, item)
+    runtime: tuple[tuple[str, AttrValue], ...] = ()
+    for item in file.items:
+        if isinstance(item, ast.Runtime):
+            runtime += settings.runtime(ctx, scope, item)
+    return runtime
+
+
+def _end(file: ast.File) -> Span:
+    span = file.items[-1].span if file.items else (file.header.span if file.header else None)
+    if span is None:
+        return Span(file.source, 0, 0)
+    return span

@@ -1,0 +1,151 @@
+"""What all of the checker shares: findings, the graph in the making, options."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from gkd_dsl.diagnostics import Diagnostic, Diagnostics, Edit, Fix, Label, Note
+from gkd_dsl.diagnostics.suggest import did_you_mean
+from gkd_dsl.graph.build import GraphBuilder
+from gkd_dsl.graph.nodes import StageNode
+from gkd_dsl.meaning.scope import Scope
+from gkd_dsl.meaning.values import UNKNOWN, Instance, Model, Value
+from gkd_dsl.source import Location, Source, Span
+from gkd_dsl.sources import SourceKind
+from gkd_dsl.syntax import ast
+from gkd_dsl.types import BATCH, LENGTH, TensorType
+
+
+@dataclass(frozen=True)
+class ResolvedParam:
+    """A parameter's value and where it comes from ("default", "--set", "use at spec.gkd:7:1")."""
+
+    name: str
+    value: object
+    origin: str
+    span: Span | None
+
+
+@dataclass
+class Context:
+    """One check: its options, what it found, the graph it builds."""
+
+    root: Path
+    overrides: Mapping[str, str] = field(default_factory=dict)
+    offline: bool | None = None
+    trust: bool = False
+    diagnostics: Diagnostics = field(default_factory=Diagnostics)
+    later: Diagnostics = field(default_factory=Diagnostics)
+    builder: GraphBuilder = field(default_factory=GraphBuilder)
+    models: dict[str, Model] = field(default_factory=dict)
+    params: dict[str, ResolvedParam] = field(default_factory=dict)
+    unset_params: dict[str, Span] = field(default_factory=dict)
+    stages: list[StageNode] = field(default_factory=list)
+    sources: dict[str, Source] = field(default_factory=dict)
+    source_kinds: dict[str, SourceKind] = field(default_factory=dict)
+    files: dict[Path, Scope] = field(default_factory=dict)
+    loading: list[tuple[Path, Span | None]] = field(default_factory=list)
+    instances: dict[str, Instance] = field(default_factory=dict)
+    detaching: bool = False
+    methods_only: bool = False
+    pending: set[str] = field(default_factory=set)
+    root_scope: Scope = field(default_factory=lambda: Scope(Source("", "")))
+    evaluator: Callable[[Context, Scope, ast.Expr], Value] | None = None
+
+    def evaluate(self, scope: Scope, expr: ast.Expr) -> Value:
+        """The value of an expression; what is wrong with it is reported and gives `UNKNOWN`."""
+        assert self.evaluator is not None
+        return self.evaluator(self, scope, expr)
+
+    def batch_columns(self) -> dict[str, TensorType]:
+        """The columns that a batch may have. Labels are classes for a classifier, tokens for a language model."""
+        tokens = TensorType("int", (BATCH, LENGTH))
+        columns = dict.fromkeys(("input_ids", "attention_mask", "token_type_ids"), tokens)
+        order = {"student": 0, "model": 1, "teacher": 2}
+        heads = sorted((m for m in self.models.values() if m.info.task != "encoder"), key=lambda m: order[m.role])
+        if heads:
+            columns["labels"] = TensorType("int", (BATCH,)) if heads[0].info.task == "classification" else tokens
+        return columns
+
+    def location(self, scope: Scope, span: Span) -> Location:
+        return Location(span, scope.uses)
+
+    def error(
+        self,
+        scope: Scope,
+        code: str,
+        message: str,
+        span: Span | None,
+        text: str = "",
+        *,
+        labels: Iterable[Label] = (),
+        notes: Iterable[Note | str] = (),
+        fix: Fix | None = None,
+        severity: str = "error",
+        into: Diagnostics | None = None,
+    ) -> Value:
+        """Report a finding and give `UNKNOWN`.
+
+        Inside a used method the finding is shown at the outermost `use`, which the user can change,
+        with the place in the method as a further label; the fix then has nowhere to go.
+        """
+        target = self.diagnostics if into is None else into
+        extra = list(labels)
+        if scope.uses and span is not None:
+            extra = [Label(span, text or "here", primary=False), *extra]
+            extra += [Label(use, "used here", primary=False) for use in scope.uses[1:]]
+            target.error(
+                code,
+                message,
+                scope.uses[0],
+                "in this use",
+                labels=extra,
+                notes=notes,
+                severity=severity,  # type: ignore[arg-type]
+            )
+        else:
+            target.error(
+                code,
+                message,
+                span,
+                text,
+                labels=extra,
+                notes=notes,
+                fix=fix,
+                severity=severity,  # type: ignore[arg-type]
+            )
+        return UNKNOWN
+
+    def warning(self, scope: Scope, code: str, message: str, span: Span, text: str = "", **rest: object) -> None:
+        self.error(scope, code, message, span, text, severity="warning", **rest)  # type: ignore[arg-type]
+
+    def not_yet(self, scope: Scope, what: str, span: Span) -> Value:
+        """Note something that checks but does not run in this version; `run` refuses it."""
+        self.error(
+            scope,
+            "E0601",
+            f"{what} does not run in this version",
+            span,
+            "checked, but refused by `gkd run`",
+            severity="warning",
+            into=self.later,
+        )
+        return UNKNOWN
+
+
+def suggest(name: str, candidates: Iterable[str]) -> tuple[str, str | None]:
+    """The label "did you mean `x`?" (or "") and the nearest candidate."""
+    near = did_you_mean(name, list(candidates))
+    if not near:
+        return "", None
+    return f"did you mean `{near[0]}`?", near[0]
+
+
+def replace(span: Span, text: str, title: str | None = None) -> Fix:
+    """The fix that writes `text` in place of a span."""
+    return Fix(title or f"write `{text}`", (Edit(span, text),))
+
+
+__all__ = ["Context", "Diagnostic", "ResolvedParam", "replace", "suggest"]

@@ -1,0 +1,207 @@
+"""Methods: hygienic functions from models to named losses."""
+
+from __future__ import annotations
+
+from gkd_dsl.diagnostics import SpecError
+from gkd_dsl.meaning import imports, parameters
+from gkd_dsl.meaning.context import Context, ResolvedParam, replace, suggest
+from gkd_dsl.meaning.scope import Definition, Scope
+from gkd_dsl.meaning.values import (
+    UNKNOWN,
+    Directed,
+    Instance,
+    Items,
+    Loss,
+    Method,
+    Model,
+    Unknown,
+    Value,
+    kind,
+    plain,
+)
+from gkd_dsl.source import Span
+from gkd_dsl.syntax import ast, parse_expression
+
+_VISIBLE = (ast.Param, ast.MethodDecl, ast.ImportAs, ast.ImportUse, ast.ImportPython, ast.DimDecl)
+_DEPTH = 16
+
+
+def declared(scope: Scope, decl: ast.MethodDecl) -> Method:
+    """A method with the scope of the file that declares it."""
+    return Method(decl, scope)
+
+
+def surroundings(scope: Scope) -> Scope:
+    """What the body of a method sees of its file: parameters, methods and imports, but no models or losses."""
+    outer = Scope(scope.source, scope.prefix, scope.uses, None, scope.root)
+    for definition in scope.visible():
+        if isinstance(definition.decl, _VISIBLE):
+            outer.names.setdefault(definition.name, definition)
+    return outer
+
+
+def use(ctx: Context, scope: Scope, decl: ast.Use) -> Value:
+    """`use kd(t -> s, T = 4.0) as k`: the method's losses, projections, metrics and stages."""
+    target = ctx.evaluate(scope, decl.target)
+    if isinstance(target, Unknown):
+        for arg in decl.args:
+            if not isinstance(arg.value, ast.Arrow):
+                ctx.evaluate(scope, arg.value)
+        return UNKNOWN
+    if not isinstance(target, Method):
+        return ctx.error(scope, "E0248", f"`use` takes a method, and this is {kind(target)}", decl.target.span)
+    if len(scope.uses) >= _DEPTH:
+        return ctx.error(scope, "E0249", f"methods use each other more than {_DEPTH} deep", decl.span)
+    inner = Scope(
+        target.scope.source,
+        f"{scope.prefix}{decl.alias.text}/",
+        (*scope.uses, decl.span),
+        surroundings(target.scope),
+        target.scope.root,
+    )
+    if not _bind(ctx, scope, inner, target.decl, decl):
+        return UNKNOWN
+    return instantiate(ctx, inner, target.decl, decl.alias.text, decl.span)
+
+
+def instantiate(ctx: Context, inner: Scope, method: ast.MethodDecl, name: str, span: Span) -> Value:
+    """The body of a method in a scope that binds its formals."""
+    from gkd_dsl.meaning.declare import value_of
+    from gkd_dsl.meaning.evaluate import as_loss
+
+    imports.collect(ctx, inner, method.body)
+    for definition in list(inner.names.values()):
+        if definition.value is None and definition.decl is not None:
+            value_of(ctx, inner, definition, definition.span or span, inner)
+    total: Loss | None = None
+    stages: list[ast.Stage] = []
+    for stmt in method.body:
+        if isinstance(stmt, ast.Total):
+            value = as_loss(ctx, inner, ctx.evaluate(inner, stmt.value), stmt.value)
+            total = value if isinstance(value, Loss) else Loss((), partial=True)
+        elif isinstance(stmt, ast.Stage):
+            stages.append(stmt)
+        elif not imports._names(stmt):
+            ctx.error(inner, "E0414", "this does not belong in a method", stmt.span, "it belongs in a stage")
+    instance = Instance(name, inner, total, tuple(stages), ctx.location(inner, span))
+    ctx.instances[inner.prefix.rstrip("/")] = instance
+    return instance
+
+
+def _bind(ctx: Context, scope: Scope, inner: Scope, method: ast.MethodDecl, decl: ast.Use) -> bool:
+    """Give every formal its value; False where something was reported."""
+    name = method.name.text
+    roles = [formal for formal in method.formals if formal.role is not None]
+    plain_formals = {formal.name.text: formal for formal in method.formals if formal.role is None}
+    given: dict[str, tuple[Value, ast.Expr]] = {}
+    good = True
+    for arg in decl.args:
+        if arg.name is None:
+            good = _bind_models(ctx, scope, roles, arg, given, method) and good
+            continue
+        formal = plain_formals.get(arg.name.text) or next(
+            (role for role in roles if role.name.text == arg.name.text), None
+        )
+        if formal is None:
+            legal = [formal.name.text for formal in method.formals]
+            label, near = suggest(arg.name.text, legal)
+            ctx.error(
+                scope, "E0234", f"`{name}` has no parameter `{arg.name.text}`", arg.name.span, label or "not a parameter",
+                notes=[f"its parameters: {', '.join(legal)}"], fix=replace(arg.name.span, near) if near else None,
+            )  # fmt: skip
+            good = False
+            continue
+        given[arg.name.text] = (ctx.evaluate(scope, arg.value), arg.value)
+    for formal in method.formals:
+        key = formal.name.text
+        override = ctx.overrides.get(f"{inner.prefix.rstrip('/').replace('/', '.')}.{key}")
+        if formal.role is None and override is not None:
+            value = _overridden(ctx, scope, formal, override, inner)
+            origin = "--set"
+        elif key in given:
+            value = given[key][0]
+            origin = f"use at {decl.span}"
+            if formal.type is not None:
+                value = parameters.fit(ctx, scope, key, value, formal.type, formal.within, given[key][1].span)
+            elif not isinstance(value, Unknown):
+                value = _checked_role(ctx, scope, formal, value, given[key][1])
+        elif formal.default is not None:
+            value = ctx.evaluate(inner, formal.default)
+            if formal.type is not None:
+                value = parameters.fit(ctx, inner, key, value, formal.type, formal.within, formal.default.span)
+            origin = "default of the method"
+        else:
+            what = "the " + formal.role if formal.role else "a value for"
+            ctx.error(
+                scope, "E0235", f"`{name}` needs {what} `{key}`", decl.span,
+                f"write `use {name}(t -> s) as {decl.alias.text}`" if formal.role else f"write `{key} = ...`",
+            )  # fmt: skip
+            good = False
+            continue
+        if isinstance(value, Unknown):
+            good = False
+        elif formal.role is None:
+            dotted = f"{inner.prefix.rstrip('/').replace('/', '.')}.{key}"
+            ctx.params[dotted] = ResolvedParam(dotted, plain(value), origin, formal.name.span)
+        inner.names[key] = Definition(key, formal, formal.name.span, value, used=True)
+    return good
+
+
+def _overridden(ctx: Context, scope: Scope, formal: ast.Formal, text: str, inner: Scope) -> Value:
+    assert formal.type is not None
+    if formal.type.name.text == "text":
+        expr: ast.Expr = ast.String(formal.name.span, text.strip('"'))
+    else:
+        try:
+            expr = parse_expression(text, f"--set {formal.name.text}")
+        except SpecError as error:
+            for diagnostic in error.diagnostics:
+                ctx.diagnostics.add(diagnostic)
+            return UNKNOWN
+    value = ctx.evaluate(scope, expr)
+    return parameters.fit(ctx, scope, formal.name.text, value, formal.type, formal.within, expr.span)
+
+
+def _bind_models(
+    ctx: Context,
+    scope: Scope,
+    roles: list[ast.Formal],
+    arg: ast.Arg,
+    given: dict[str, tuple[Value, ast.Expr]],
+    method: ast.MethodDecl,
+) -> bool:
+    """`t -> s`, `[a, b] -> s`, or models one by one."""
+    free = [formal for formal in roles if formal.name.text not in given]
+    if isinstance(arg.value, ast.Arrow):
+        sides = [arg.value.left, arg.value.right]
+        # Teachers are left of the arrow, the student is right of it, in whatever order the method names them.
+        order = {"teacher": 0, "model": 1, "student": 2}
+        free = sorted(free, key=lambda formal: order[formal.role or "model"])
+    else:
+        sides = [arg.value]
+    if len(free) < len(sides):
+        models = ", ".join(f"{formal.role} {formal.name.text}" for formal in roles) or "no model"
+        ctx.error(scope, "E0232", f"`{method.name.text}` takes {models}", arg.span, "one model too many")
+        return False
+    good = True
+    for formal, side in zip(free, sides, strict=False):
+        value = ctx.evaluate(scope, side)
+        given[formal.name.text] = (value, side)
+        good = good and not isinstance(value, Unknown)
+    return good
+
+
+def _checked_role(ctx: Context, scope: Scope, formal: ast.Formal, value: Value, expr: ast.Expr) -> Value:
+    models = value.items if isinstance(value, Items) else (value,)
+    for model in models:
+        if isinstance(model, Directed) or not isinstance(model, Model):
+            return ctx.error(
+                scope, "E0233", f"`{formal.name.text}` is a {formal.role}, and this is {kind(model)}", expr.span
+            )
+        wrong = {("teacher", "student"), ("student", "teacher")}
+        if (formal.role, model.role) in wrong:
+            return ctx.error(
+                scope, "E0244", f"the method wants a {formal.role} here, and `{model.name}` is a {model.role}", expr.span,
+                "write `use ...(teacher -> student)`",
+            )  # fmt: skip
+    return value

@@ -1,0 +1,200 @@
+"""A call that does not fit its operator, as a diagnostic with a fix."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from gkd_dsl.diagnostics import Edit, Fix, Label
+from gkd_dsl.meaning.context import Context, replace
+from gkd_dsl.meaning.scope import Scope
+from gkd_dsl.meaning.values import Length, Tensor, Value, kind
+from gkd_dsl.ops.registry import OpSpec
+from gkd_dsl.ops.typing import Mismatch
+from gkd_dsl.source import Span
+from gkd_dsl.syntax import ast
+from gkd_dsl.types import Dim
+
+
+def report(
+    ctx: Context,
+    scope: Scope,
+    found: Mismatch,
+    spec: OpSpec,
+    expr: ast.Expr,
+    written: Mapping[str, ast.Expr],
+    tensors: Mapping[str, Tensor],
+) -> Value:
+    """Say why a call does not fit, at the argument that does not."""
+    argument = _argument_span(found, expr, written)
+    notes: list[str] = list(found.notes)
+    match found.kind:
+        case "unknown_argument":
+            fix = None
+            near = found.suggestions[0] if found.suggestions else None
+            name_span = _name_span(expr, found.arg)
+            if near is not None and name_span is not None:
+                fix = replace(name_span, str(near))
+            label = f"did you mean `{near}`?" if near is not None else "not an argument"
+            return ctx.error(scope, "E0234", found.message, name_span or argument, label, notes=notes, fix=fix)
+        case "repeated_argument":
+            return ctx.error(scope, "E0241", found.message, argument)
+        case "missing_argument":
+            return ctx.error(scope, "E0235", found.message, expr.span, found.expected or "", notes=notes)
+        case "out_of_range":
+            fix = None
+            if found.suggestions and argument is not expr.span:
+                first = found.suggestions[0]
+                fix = replace(argument, f'"{first}"' if isinstance(first, str) else str(first))
+            return ctx.error(scope, "E0403", found.message, argument, "", notes=notes, fix=fix)
+        case "wrong_type":
+            return ctx.error(scope, "E0303", found.message, argument, "", notes=notes)
+        case "rank":
+            return ctx.error(scope, "E0308", found.message, argument, _shape(found, tensors), notes=notes)
+        case "condition":
+            fix = None
+            if found.suggestions and found.arg in written:
+                fix = replace(argument, str(found.suggestions[0]))
+            return ctx.error(scope, "E0309", found.message, argument, "", notes=notes, fix=fix)
+    return _axis(ctx, scope, found, spec, expr, written, tensors)
+
+
+def unit(ctx: Context, scope: Scope, name: str, spec: OpSpec, value: Value, where: ast.Expr) -> Value:
+    """A duration or a percentage where a number belongs."""
+    fix, hint = None, "a number has no unit"
+    if isinstance(value, Length) and value.span.unit == "percent":
+        text = f"{value.span.amount / 100:g}"
+        fix, hint = replace(where.span, text), f"write {text}"
+    return ctx.error(
+        scope, "E0401", f"`{name}` of `{spec.name}` is a number, and this is {kind(value)}", where.span, hint, fix=fix
+    )
+
+
+def _argument_span(found: Mismatch, expr: ast.Expr, written: Mapping[str, ast.Expr]) -> Span:
+    for name in (found.arg, *found.slots):
+        if name is not None and name in written:
+            return written[name].span
+    return expr.span
+
+
+def _name_span(expr: ast.Expr, name: str | None) -> Span | None:
+    if isinstance(expr, ast.Call):
+        for arg in expr.args:
+            if arg.name is not None and arg.name.text == name:
+                return arg.name.span
+    return None
+
+
+def _shape(found: Mismatch, tensors: Mapping[str, Tensor]) -> str:
+    slot = found.slots[-1] if found.slots else None
+    return tensors[slot].type.long if slot in tensors else ""
+
+
+def _axis(
+    ctx: Context,
+    scope: Scope,
+    found: Mismatch,
+    spec: OpSpec,
+    expr: ast.Expr,
+    written: Mapping[str, ast.Expr],
+    tensors: Mapping[str, Tensor],
+) -> Value:
+    """Two axes that must agree and do not."""
+    spans = [written[slot].span if slot in written else expr.span for slot in found.slots]
+    if len(found.slots) < 2:
+        return ctx.error(scope, "E0308", found.message, spans[0], _shape(found, tensors), notes=found.notes)
+    first, second = found.dims[0], found.dims[1]
+    shapes = [tensors[slot].type.long if slot in tensors else "" for slot in found.slots]
+    labels = [Label(spans[1], shapes[1])]
+    origins = [f"{dim} from {dim.origin}{_declared(ctx, dim)}" for dim in (first, second) if dim.origin]
+    names = {dim.name.rsplit(".", 1)[-1] for dim in (first, second)}
+    if names == {"V"}:
+        trim = _trim(expr)
+        return ctx.error(
+            scope,
+            "E0320",
+            f"logits have different vocabularies: {first.size} and {second.size}",
+            spans[0],
+            shapes[0],
+            labels=labels,
+            notes=[
+                *origins,
+                "where the sizes differ by padding only, compare the part that both have; "
+                "tokenizers that differ need a loss made for them",
+            ],
+            fix=trim,
+        )
+    if names == {"C"}:
+        return ctx.error(
+            scope, "E0322", f"the models tell a different number of classes apart: {first.size} and {second.size}",
+            spans[0], shapes[0], labels=labels,
+            notes=[*origins, "give the student as many: `num_labels = t.num_labels`"],
+        )  # fmt: skip
+    if found.heads:
+        return ctx.error(
+            scope,
+            "E0312",
+            f"head counts differ: {first} and {second}",
+            spans[0],
+            shapes[0],
+            labels=labels,
+            notes=[
+                *origins,
+                "attention maps are compared head by head; cut the features anew with "
+                "`self_relation(merge_heads(x), heads = n)`, or choose models with equal heads",
+            ],
+        )
+    if {first.name, second.name} & {"L", "B"}:
+        return ctx.error(scope, "E0308", found.message, spans[0], shapes[0], labels=labels)
+    last = found.last_axis
+    return ctx.error(
+        scope,
+        "E0301",
+        f"sizes differ on the last axis of `{spec.name}`" if last else f"sizes differ in `{spec.name}`",
+        spans[0],
+        shapes[0],
+        labels=labels,
+        notes=origins,
+        fix=_projection(ctx, scope, first, second, spans[0]) if last and "student" in found.slots else None,
+    )
+
+
+def _declared(ctx: Context, dim: Dim) -> str:
+    model = ctx.models.get(dim.name.split(".")[0])
+    return f" (line {model.defined.line})" if model is not None and model.defined is not None else ""
+
+
+def _trim(expr: ast.Expr) -> Fix | None:
+    if not isinstance(expr, ast.Call) or not expr.args:
+        return None
+    end = expr.args[-1].span.end
+    return Fix("compare the common vocabulary", (Edit(Span(expr.span.source, end, end), ', align = "trim"'),))
+
+
+def _projection(ctx: Context, scope: Scope, first: Dim, second: Dim, side: Span) -> Fix | None:
+    """Declare a projection above the statement and pipe the student's side through it."""
+    if scope.uses or not re.fullmatch(r"\w+\.\w+", first.name) or not re.fullmatch(r"\w+\.\w+", second.name):
+        return None
+    taken = {definition.name for definition in scope.visible()}
+    name = next(n for n in ("W", *(f"W{k}" for k in range(2, 100))) if n not in taken)
+    source = side.source
+    line_start = side.start - (side.column - 1)
+    while line_start > 0 and _continues(source.text, line_start):
+        line_start = source.text.rfind("\n", 0, line_start - 1) + 1
+    indent = re.match(r"[ \t]*", source.text[line_start:])
+    prefix = indent.group(0) if indent else ""
+    return Fix(
+        "add a projection",
+        (
+            Edit(
+                Span(source, line_start, line_start),
+                f"{prefix}project {name} = linear({first.name} -> {second.name})\n",
+            ),
+            Edit(Span(source, side.end, side.end), f" |> {name}"),
+        ),
+    )
+
+
+def _continues(text: str, line_start: int) -> bool:
+    """Whether the line belongs to a statement that began above: it does not start with a keyword."""
+    return re.match(r"[ \t]*(loss|let|metric|minimize|project|total|mask)\b", text[line_start:]) is None

@@ -1,0 +1,238 @@
+"""Declared models and passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from gkd_dsl.graph.nodes import AttrValue, ModelNode
+from gkd_dsl.meaning.context import Context, replace, suggest
+from gkd_dsl.meaning.scope import Scope
+from gkd_dsl.meaning.values import UNKNOWN, Items, Model, Num, Numbers, Text, Unknown, Value, kind, plain
+from gkd_dsl.models import describe, locate
+from gkd_dsl.models.errors import ModelError
+from gkd_dsl.models.info import ModelInfo
+from gkd_dsl.models.locate import offline_by_environment
+from gkd_dsl.syntax import ast
+
+TASKS = ("encoder", "classification", "masked_lm", "causal_lm")
+_LATER = {"quantize": "a quantised model", "adapter": "a model with an adapter", "vocabulary": "a cut vocabulary"}
+_CONSTRUCTORS = ("hf", "truncated", "random_init")
+
+
+def declare(ctx: Context, scope: Scope, decl: ast.ModelDecl) -> Value:
+    """A model as its config describes it, and its node."""
+    info = _info(ctx, scope, decl.value)
+    settings = _block(ctx, scope, decl)
+    if info is None:
+        return UNKNOWN
+    name = f"{scope.prefix}{decl.name.text}"
+    node = ModelNode(f"model/{name}", name, decl.role, info, settings, locations=(ctx.location(scope, decl.name.span),))
+    ctx.builder.add(node)
+    model = Model(name, info, decl.role, f"{name}/forward", decl.name.span)
+    ctx.models[name] = model
+    return model
+
+
+def _block(ctx: Context, scope: Scope, decl: ast.ModelDecl) -> tuple[tuple[str, AttrValue], ...]:
+    for stmt in decl.body:
+        if not isinstance(stmt, ast.Setting):
+            ctx.error(scope, "E0413", "a model's block holds settings only", stmt.span)
+            continue
+        if stmt.name.text in _LATER:
+            if isinstance(stmt.value, ast.Call):
+                for arg in stmt.value.args:
+                    # A word such as `compute = bf16` is no name of the spec.
+                    if not isinstance(arg.value, ast.Name):
+                        ctx.evaluate(scope, arg.value)
+            ctx.not_yet(scope, _LATER[stmt.name.text], stmt.span)
+            continue
+        label, near = suggest(stmt.name.text, _LATER)
+        ctx.error(
+            scope, "E0408", f"a model has no setting `{stmt.name.text}`", stmt.name.span, label,
+            notes=[f"its settings: {', '.join(_LATER)}"], fix=replace(stmt.name.span, near) if near else None,
+        )  # fmt: skip
+    return ()
+
+
+def _info(ctx: Context, scope: Scope, expr: ast.Expr) -> ModelInfo | None:
+    if isinstance(expr, ast.Missing):
+        return None
+    if not isinstance(expr, ast.Call) or not isinstance(expr.func, ast.Name):
+        ctx.error(scope, "E0508", "a model is made by a call", expr.span, 'write `hf("...")`')
+        return None
+    name = expr.func.id
+    if name in ("cached", "logit_cache"):
+        ctx.not_yet(scope, "a cached teacher", expr.span)
+        return None
+    if name not in _CONSTRUCTORS:
+        label, near = suggest(name, _CONSTRUCTORS)
+        ctx.error(
+            scope, "E0508", f"a model is not made by `{name}`", expr.func.span, label,
+            notes=[f"it is made by {', '.join(f'`{c}`' for c in _CONSTRUCTORS)}"],
+            fix=replace(expr.func.span, near) if near else None,
+        )  # fmt: skip
+        return None
+    base: Value | None = None
+    named: dict[str, object] = {}
+    spans: dict[str, ast.Expr] = {}
+    for arg in expr.args:
+        if arg.name is not None and arg.name.text == "task" and isinstance(arg.value, ast.Name):
+            value: Value = Text(arg.value.id)
+        else:
+            value = ctx.evaluate(scope, arg.value)
+        if isinstance(value, Unknown):
+            return None
+        if arg.name is None:
+            if base is not None:
+                ctx.error(scope, "E0508", f"`{name}` takes one place, then named arguments", arg.span)
+                return None
+            base = value
+            spans[""] = arg.value
+        else:
+            named[arg.name.text] = plain(value)
+            spans[arg.name.text] = arg.value
+            if not isinstance(value, Text | Num | Items | Numbers) and plain(value) is None:
+                ctx.error(scope, "E0508", f"`{arg.name.text}` does not take {kind(value)}", arg.value.span)
+                return None
+    if base is None:
+        ctx.error(scope, "E0508", f"`{name}` needs what it is made from", expr.span)
+        return None
+    return _made(ctx, scope, name, base, named, spans, expr)
+
+
+def _made(
+    ctx: Context,
+    scope: Scope,
+    name: str,
+    base: Value,
+    named: dict[str, object],
+    spans: dict[str, ast.Expr],
+    expr: ast.Call,
+) -> ModelInfo | None:
+    task = named.pop("task", None)
+    labels = named.pop("num_labels", None)
+    if task is not None and task not in TASKS:
+        label, near = suggest(str(task), TASKS)
+        written = spans["task"].span
+        fixed = f'"{near}"' if written.text.startswith('"') else near
+        ctx.error(
+            scope, "E0402", f"`task` is one of {', '.join(TASKS)}", written, label,
+            fix=replace(written, str(fixed)) if near else None,
+        )  # fmt: skip
+        return None
+    common: dict = {"task": task, "num_labels": labels}
+    offline = offline_by_environment() if ctx.offline is None else ctx.offline
+    place = {"offline": offline, "root": scope.root}
+    at = spans[""].span
+    if name == "truncated":
+        layers = named.pop("layers", None)
+        if named:
+            extra = next(iter(named))
+            ctx.error(
+                scope, "E0234", f"`truncated` has no argument `{extra}`", _name_span(expr, extra), suggest(
+                    extra, ("layers", "task", "num_labels"))[0],
+            )  # fmt: skip
+            return None
+        if not isinstance(base, Model):
+            ctx.error(scope, "E0508", f"`truncated` takes a model of this spec, not {kind(base)}", at)
+            return None
+        if not isinstance(layers, tuple) or not all(isinstance(n, int) for n in layers):
+            ctx.error(
+                scope, "E0235", "`truncated` needs the blocks that it keeps", expr.span, "write `layers = [0, 2, 4]`"
+            )
+            return None
+        return _described(ctx, scope, lambda: describe.truncated(base.info, base.name, layers=layers, **common),
+                          spans.get("layers", expr).span, "E0204")  # fmt: skip
+    if isinstance(base, Model) and name == "random_init":
+        return _described(
+            ctx, scope, lambda: describe.random_init(base.info, overrides=named, **common), expr.span, "E0502"
+        )
+    if not isinstance(base, Text):
+        ctx.error(
+            scope, "E0508", f"`{name}` takes a place, not {kind(base)}", at, 'a folder, a hub id, or "package:name"'
+        )
+        return None
+    try:
+        locate.locate(base.value, root=scope.root, offline=offline)
+    except ModelError as error:
+        _model_error(ctx, scope, error, at, "E0501", location=True)
+        return None
+    function: Callable = describe.describe if name == "hf" else describe.random_init
+    span = expr.span if not named else next(iter(spans[key] for key in named)).span
+    return _described(ctx, scope, lambda: function(base.value, overrides=named, **common, **place), span, "E0502", at)
+
+
+def _name_span(expr: ast.Call, name: str):
+    return next(arg.name.span for arg in expr.args if arg.name is not None and arg.name.text == name)
+
+
+def _described(
+    ctx: Context, scope: Scope, make: Callable[[], ModelInfo], span, code: str, whole=None
+) -> ModelInfo | None:
+    try:
+        return make()
+    except ModelError as error:
+        _model_error(ctx, scope, error, span if whole is None or error.near else span, code)
+        return None
+
+
+def _model_error(ctx: Context, scope: Scope, error: ModelError, span, code: str, location: bool = False) -> None:
+    fix = None
+    if location and error.near:
+        fix = replace(span, f'"{error.near[0]}"')
+    ctx.error(scope, code, error.reason, span, error.hint, fix=fix)
+
+
+# --- passes -------------------------------------------------------------------------------------
+
+
+def further_pass(ctx: Context, scope: Scope, decl: ast.Pass) -> Value:
+    """`pass cf = s { ... }`: a further forward with its own taps. Checked; run by a later version."""
+    target = decl.value
+    inputs = None
+    if isinstance(target, ast.Call):
+        inputs, target = target.args, target.func
+    base = ctx.evaluate(scope, target)
+    for arg in inputs or ():
+        ctx.evaluate(scope, arg.value)
+    if isinstance(base, Unknown):
+        return UNKNOWN
+    if not isinstance(base, Model):
+        return ctx.error(scope, "E0247", f"a pass is of a model, and this is {kind(base)}", target.span)
+    ctx.not_yet(scope, "a further pass", decl.name.span)
+    for change in decl.body:
+        _change(ctx, scope, base, change)
+    prefix = f"{scope.prefix}{decl.name.text}"
+    return Model(base.name, base.info, base.role, f"{prefix}/forward", decl.name.span, further=True)
+
+
+def _change(
+    ctx: Context, scope: Scope, base: Model, change: ast.Setting | ast.Replace | ast.Swap | ast.AddTo | ast.Remap
+) -> None:
+    from gkd_dsl.meaning.evaluate import elements
+
+    inner = scope
+    # The paths inside are those of the model that is passed: `hidden[i]` means `s.hidden[i]`.
+    if isinstance(change, ast.Setting):
+        if change.name.text != "grad":
+            ctx.error(scope, "E0408", f"a pass has no setting `{change.name.text}`", change.name.span, "only `grad`")
+        return
+    if isinstance(change, ast.AddTo | ast.Remap):
+        ctx.evaluate(scope, change.value)
+        return
+    if change.over is not None:
+        binders, iterable = change.over
+        over = elements(ctx, scope, ctx.evaluate(scope, iterable), iterable)
+        if not over:
+            return
+        first = over[0][0]
+        items = first.items if isinstance(first, Items) else (first,)
+        if len(items) != len(binders):
+            ctx.error(scope, "E0220", f"{len(binders)} names for elements of {len(items)}", iterable.span)
+            return
+        inner = scope.child(**{b.text: v for b, v in zip(binders, items, strict=True) if b.text != "_"})
+    ctx.evaluate(inner, change.source)
+    if isinstance(change, ast.Swap) and change.at is not None:
+        ctx.evaluate(inner, change.at)
+    if isinstance(change, ast.Replace) and change.when is not None:
+        ctx.evaluate(inner, change.when)

@@ -1,0 +1,179 @@
+"""Parameters: types, ranges, defaults, and values from the command line or a `use`."""
+
+from __future__ import annotations
+
+from gkd_dsl import schedules
+from gkd_dsl.diagnostics import SpecError
+from gkd_dsl.meaning.context import Context, ResolvedParam, replace, suggest
+from gkd_dsl.meaning.scope import Scope
+from gkd_dsl.meaning.values import (
+    UNKNOWN,
+    Items,
+    Length,
+    Num,
+    Scheduled,
+    Source,
+    Text,
+    Truth,
+    Unknown,
+    Value,
+    as_schedule,
+    kind,
+    plain,
+)
+from gkd_dsl.source import Span
+from gkd_dsl.syntax import ast, parse_expression
+
+TYPES = {
+    "float": "a number",
+    "int": "a whole number",
+    "bool": "true or false",
+    "text": "a text",
+    "list": "a list",
+    "schedule": "a number or a schedule",
+    "duration": "a duration",
+    "ratio": "a percentage",
+    "source": "a data source",
+    "model": "a model",
+}
+
+
+def declare(ctx: Context, scope: Scope, decl: ast.Param) -> Value:
+    """The value of a `param`: from the command line where it is set there, else its default."""
+    name = decl.name.text
+    if not _known_type(ctx, scope, decl.type):
+        return UNKNOWN
+    if scope.prefix == "" and name in ctx.overrides and not scope.uses:
+        return _override(ctx, scope, decl, ctx.overrides[name])
+    if decl.default is None:
+        ctx.unset_params[name] = decl.name.span
+        return UNKNOWN
+    value = ctx.evaluate(scope, decl.default)
+    fitted = fit(ctx, scope, name, value, decl.type, decl.within, decl.default.span)
+    if not isinstance(fitted, Unknown):
+        ctx.params[name] = ResolvedParam(name, plain(fitted), "default", decl.name.span)
+    return fitted
+
+
+def _override(ctx: Context, scope: Scope, decl: ast.Param, text: str) -> Value:
+    name = decl.name.text
+    expr: ast.Expr
+    if decl.type.name.text == "text":
+        # On a command line a path needs no quotes.
+        stripped = text[1:-1] if len(text) > 1 and text[0] == text[-1] == '"' else text
+        expr = ast.String(decl.name.span, stripped)
+        value: Value = Text(stripped)
+    else:
+        try:
+            expr = parse_expression(text, f"--set {name}")
+        except SpecError as error:
+            for diagnostic in error.diagnostics:
+                ctx.diagnostics.add(diagnostic)
+            return UNKNOWN
+        value = ctx.evaluate(scope, expr)
+    fitted = fit(ctx, scope, name, value, decl.type, decl.within, expr.span)
+    if not isinstance(fitted, Unknown):
+        ctx.params[name] = ResolvedParam(name, plain(fitted), "--set", decl.name.span)
+    return fitted
+
+
+def _known_type(ctx: Context, scope: Scope, type_: ast.TypeExpr) -> bool:
+    if type_.name.text in TYPES:
+        return True
+    label, near = suggest(type_.name.text, TYPES)
+    ctx.error(
+        scope, "E0405", f"there is no parameter type `{type_.name.text}`", type_.name.span, label,
+        notes=[f"types: {', '.join(TYPES)}"], fix=replace(type_.name.span, near) if near else None,
+    )  # fmt: skip
+    return False
+
+
+def fit(
+    ctx: Context, scope: Scope, name: str, value: Value, type_: ast.TypeExpr, within: ast.Range | None, span: Span
+) -> Value:
+    """A value as the type of a parameter takes it, inside its range."""
+    if isinstance(value, Unknown):
+        return UNKNOWN
+    wanted = type_.name.text
+    fits = {
+        "float": isinstance(value, Num),
+        "int": isinstance(value, Num) and isinstance(value.value, int),
+        "bool": isinstance(value, Truth),
+        "text": isinstance(value, Text),
+        "list": isinstance(value, Items),
+        "schedule": as_schedule(value) is not None,
+        "duration": isinstance(value, Length),
+        "ratio": isinstance(value, Length) and value.span.unit == "percent",
+        "source": isinstance(value, Source),
+        "model": True,
+    }[wanted]
+    if not fits:
+        return _wrong_type(ctx, scope, name, value, wanted, span)
+    if wanted == "float" and isinstance(value, Num):
+        value = Num(float(value.value), value.dim)
+    if within is not None and not _inside(ctx, scope, name, value, within, span):
+        return UNKNOWN
+    return value
+
+
+def _wrong_type(ctx: Context, scope: Scope, name: str, value: Value, wanted: str, span: Span) -> Value:
+    fix, hint, code = None, f"declared as `{wanted}`", "E0404"
+    if isinstance(value, Length) and wanted in ("float", "int", "schedule"):
+        code = "E0401"
+        if value.span.unit == "percent" and wanted != "int":
+            hint = f"write {value.span.amount / 100:g}"
+            fix = replace(span, f"{value.span.amount / 100:g}")
+        else:
+            hint = "a number has no unit"
+            fix = replace(span, f"{value.span.amount:g}")
+    elif isinstance(value, Num | Length) and wanted in ("duration", "ratio"):
+        code, hint = "E0401", "give it a unit: `10%`, `500 steps`"
+        if isinstance(value, Num) and 0 <= value.value <= 1:
+            fix = replace(span, f"{value.value * 100:g}%")
+    elif isinstance(value, Num) and wanted == "int":
+        hint = "a whole number has no decimals"
+        fix = replace(span, str(round(value.value)))
+    return ctx.error(scope, code, f"`{name}` takes {TYPES[wanted]}, and this is {kind(value)}", span, hint, fix=fix)
+
+
+def _inside(ctx: Context, scope: Scope, name: str, value: Value, within: ast.Range, span: Span) -> bool:
+    ends = [ctx.evaluate(scope, end) for end in (within.lo, within.hi)]
+    if not all(isinstance(end, Num) for end in ends):
+        if not any(isinstance(end, Unknown) for end in ends):
+            ctx.error(scope, "E0406", "a range runs between numbers", within.span)
+        return False
+    low, high = (float(end.value) for end in ends if isinstance(end, Num))
+    if low > high:
+        ctx.error(scope, "E0406", f"this range is empty: {low:g} is above {high:g}", within.span)
+        return False
+    if isinstance(value, Scheduled):
+        bounds = schedules.bounds(value.schedule)
+        numbers = list(bounds) if bounds is not None else []
+    elif isinstance(value, Num):
+        numbers = [float(value.value)]
+    elif isinstance(value, Length):
+        numbers = [value.span.amount / 100 if value.span.unit == "percent" else value.span.amount]
+    else:
+        numbers = []
+    for number in numbers:
+        if not (low <= number and (number <= high if within.inclusive else number < high)):
+            nearest = min(max(number, low), high)
+            ctx.error(
+                scope, "E0403", f"`{name}` is {number:g}, outside {within.span.text}", span,
+                f"the nearest is {nearest:g}", fix=replace(span, f"{nearest:g}"),
+            )  # fmt: skip
+            return False
+    return True
+
+
+def unknown_overrides(ctx: Context, scope: Scope) -> None:
+    """Report every `--set name=...` that is no parameter of the file."""
+    declared = {d.name: d for d in scope.names.values() if isinstance(d.decl, ast.Param)}
+    for name in ctx.overrides:
+        if name in declared:
+            continue
+        label, near = suggest(name, declared)
+        notes = [f"its parameters: {', '.join(declared)}"] if declared else ["it declares none"]
+        ctx.error(
+            scope, "E0407", f"this spec has no parameter `{name}`" + (f"; {label}" if near else ""), None, notes=notes
+        )

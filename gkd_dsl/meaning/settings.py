@@ -1,0 +1,160 @@
+"""Settings of stages and of the runtime block: one table, typed and bounded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from gkd_dsl.graph.nodes import AttrValue
+from gkd_dsl.meaning.context import Context, replace, suggest
+from gkd_dsl.meaning.scope import Scope
+from gkd_dsl.meaning.values import Length, Num, Optimiser, Source, Text, Truth, Unknown, Value, kind, plain
+from gkd_dsl.syntax import ast
+
+
+@dataclass(frozen=True)
+class SettingRule:
+    """What a setting takes. `words` are the bare names or texts that are allowed."""
+
+    kind: Literal["int", "float", "bool", "word", "duration", "source", "optim"]
+    doc: str
+    words: tuple[str, ...] = ()
+    low: float | None = None
+    high: float | None = None
+    later: tuple[str, ...] = ()
+    """Words that are checked and not run in this version."""
+
+
+STAGE: Mapping[str, SettingRule] = {
+    "source": SettingRule("source", "the data source"),
+    "optim": SettingRule("optim", "the optimiser: `adamw(...)` or `sgd(...)`"),
+    "batch_size": SettingRule("int", "texts in a micro-batch", low=1, high=1_000_000),
+    "accumulate": SettingRule("int", "micro-batches in a step", low=1, high=1_000_000),
+    "max_length": SettingRule("int", "tokens of a text that are kept", low=2, high=10_000_000),
+    "seed": SettingRule("int", "seed of order, masking and dropout", low=0, high=2**63 - 1),
+    "checkpoint_every": SettingRule("duration", "how often the state is saved"),
+}
+
+RUNTIME: Mapping[str, SettingRule] = {
+    "backend": SettingRule("word", "where it runs", ("local", "ddp", "gemini"), later=("ddp", "gemini")),
+    "precision": SettingRule("word", "precision of the forwards", ("fp32", "bf16")),
+    "device": SettingRule("word", "the device", ("auto", "cpu", "cuda")),
+    "checkpoint": SettingRule("bool", "gradient checkpointing: recompute activations in the backward"),
+    "fuse_logits": SettingRule("word", "fused losses over a language-model head", ("on", "off"), later=("on",)),
+}
+
+PLACEMENT: Mapping[str, SettingRule] = {
+    "placement": SettingRule(
+        "word",
+        "where the weights live",
+        ("resident", "offload", "gemini", "cached"),
+        later=("offload", "gemini", "cached"),
+    ),
+    "cache": SettingRule("word", "whether its outputs are stored", ("off", "auto"), later=("auto",)),
+}
+
+LATER_RUNTIME = ("shard_param_frac", "offload_optim_frac", "offload_param_frac", "placement_policy", "tensor_parallel")
+"""Settings of the gemini backend, which comes in a later version."""
+
+_WANTS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "duration": "a duration such as `100 steps`",
+    "source": "a data source",
+    "optim": "an optimiser",
+}
+
+
+def read(
+    ctx: Context, scope: Scope, rules: Mapping[str, SettingRule], settings: list[ast.Setting], what: str
+) -> dict[str, Value]:
+    """The values of some settings by name; what is wrong with one is reported, and it is left out."""
+    found: dict[str, Value] = {}
+    places: dict[str, ast.Setting] = {}
+    for setting in settings:
+        name = setting.name.text
+        rule = rules.get(name)
+        if rule is None:
+            if name in LATER_RUNTIME and rules is RUNTIME:
+                ctx.evaluate(scope, setting.value)
+                ctx.not_yet(scope, f"`{name}` of the gemini backend", setting.span)
+                continue
+            label, near = suggest(name, rules)
+            ctx.error(
+                scope, "E0408", f"{what} has no setting `{name}`", setting.name.span, label or "not a setting",
+                notes=[f"its settings: {', '.join(rules)}"],
+                fix=replace(setting.name.span, near) if near else None,
+            )  # fmt: skip
+            continue
+        if name in places:
+            ctx.error(scope, "E0245", f"`{name}` is set twice", setting.name.span, "again here")
+            continue
+        places[name] = setting
+        value = _value(ctx, scope, rule, name, setting.value)
+        if not isinstance(value, Unknown):
+            found[name] = value
+    return found
+
+
+def _value(ctx: Context, scope: Scope, rule: SettingRule, name: str, expr: ast.Expr) -> Value:
+    if rule.kind == "word":
+        return _word(ctx, scope, rule, name, expr)
+    value = ctx.evaluate(scope, expr)
+    if isinstance(value, Unknown):
+        return value
+    fits = {
+        "int": isinstance(value, Num) and isinstance(value.value, int),
+        "float": isinstance(value, Num),
+        "bool": isinstance(value, Truth),
+        "duration": isinstance(value, Length),
+        "source": isinstance(value, Source),
+        "optim": isinstance(value, Optimiser),
+    }[rule.kind]
+    if not fits:
+        code = "E0401" if isinstance(value, Length) or rule.kind == "duration" else "E0404"
+        fix = None
+        if rule.kind == "duration" and isinstance(value, Num):
+            fix = replace(expr.span, f"{value.value:g} steps")
+        elif isinstance(value, Length) and rule.kind == "int":
+            fix = replace(expr.span, f"{value.span.amount:g}")
+        return ctx.error(
+            scope, code, f"`{name}` is {_WANTS[rule.kind]}, and this is {kind(value)}", expr.span, rule.doc, fix=fix
+        )
+    if isinstance(value, Num) and rule.low is not None and rule.high is not None:
+        if not rule.low <= value.value <= rule.high:
+            return ctx.error(
+                scope, "E0403", f"`{name}` is {value.value:g}, outside {rule.low:g} to {rule.high:g}", expr.span,
+                rule.doc, fix=replace(expr.span, f"{min(max(value.value, rule.low), rule.high):g}"),
+            )  # fmt: skip
+    return value
+
+
+def _word(ctx: Context, scope: Scope, rule: SettingRule, name: str, expr: ast.Expr) -> Value:
+    word = expr.id if isinstance(expr, ast.Name) else expr.value if isinstance(expr, ast.String) else None
+    if isinstance(word, str) and word in rule.words:
+        if word in rule.later:
+            ctx.not_yet(scope, f"`{name} = {word}`", expr.span)
+        return Text(word)
+    label, near = suggest(str(word), rule.words)
+    return ctx.error(
+        scope, "E0402", f"`{name}` is one of {', '.join(rule.words)}", expr.span, label or rule.doc,
+        fix=replace(expr.span, near) if near else None,
+    )  # fmt: skip
+
+
+def runtime(ctx: Context, scope: Scope, decl: ast.Runtime) -> tuple[tuple[str, AttrValue], ...]:
+    """The runtime block: how, never what."""
+    plain_settings = [stmt for stmt in decl.body if isinstance(stmt, ast.Setting)]
+    found = read(ctx, scope, RUNTIME, plain_settings, "`runtime`")
+    for stmt in decl.body:
+        if isinstance(stmt, ast.Placement):
+            if stmt.name.text not in ctx.models and scope.find(stmt.name.text) is None:
+                label, near = suggest(stmt.name.text, ctx.models)
+                ctx.error(
+                    scope, "E0203", f"no model is called `{stmt.name.text}`", stmt.name.span, label,
+                    fix=replace(stmt.name.span, near) if near else None,
+                )  # fmt: skip
+            read(ctx, scope, PLACEMENT, list(stmt.body), f"the placement of `{stmt.name.text}`")
+    return tuple(sorted((name, plain(value)) for name, value in found.items()))  # type: ignore[misc]

@@ -1,0 +1,80 @@
+"""Methods checked on their own, over models made up for the purpose."""
+
+from __future__ import annotations
+
+from itertools import product
+
+from gkd_dsl.diagnostics import Diagnostic, Diagnostics
+from gkd_dsl.graph.build import GraphBuilder
+from gkd_dsl.graph.nodes import ModelNode
+from gkd_dsl.meaning import methods, parameters, stages
+from gkd_dsl.meaning.context import Context
+from gkd_dsl.meaning.scope import Definition, Scope
+from gkd_dsl.meaning.values import Instance, Model, Unknown
+from gkd_dsl.models.info import Build, ModelInfo, Task
+from gkd_dsl.syntax import ast
+
+_SIZES = {"H": 768, "V": 30522, "N": 12, "A": 12, "KV": 12, "D": 64, "F": 3072}
+_TASKS: tuple[Task, ...] = ("classification", "masked_lm", "encoder")
+
+
+def _specimen(task: Task, layers: int) -> ModelInfo:
+    sizes = {**_SIZES, "N": layers}
+    if task == "classification":
+        sizes["C"] = 2
+    return ModelInfo(
+        "a BERT-like model", None, "bert", "BertModel", task, tuple(sizes.items()),
+        tuple((name, "specimen") for name in sizes), Build("hf", None), has_pooler=True,
+    )  # fmt: skip
+
+
+def check_methods(ctx: Context, scope: Scope, found: list[ast.MethodDecl]) -> None:
+    """Check each method over a twelve-layer teacher and a six-layer student of equal width.
+
+    A method may want classifiers or language models: the first kind that it fits decides, and where it fits
+    none, what is wrong with the first kind is reported.
+    """
+    ctx.methods_only = True
+    for decl in found:
+        first: list[Diagnostic] | None = None
+        for task, layers in product(_TASKS, (6, 12)):
+            problems = _try(ctx, scope, decl, task, layers)
+            if not any(problem.severity == "error" for problem in problems):
+                first = problems
+                break
+            first = problems if first is None else first
+        for diagnostic in first or []:
+            ctx.diagnostics.add(diagnostic)
+
+
+def _try(ctx: Context, outer: Scope, decl: ast.MethodDecl, task: Task, layers: int) -> list[Diagnostic]:
+    held = (ctx.diagnostics, ctx.builder, ctx.models, ctx.stages)
+    ctx.diagnostics, ctx.builder, ctx.models, ctx.stages = Diagnostics(), GraphBuilder(), {}, []
+    try:
+        inner = Scope(outer.source, "", (), methods.surroundings(outer), outer.root)
+        for formal in decl.formals:
+            _formal(ctx, inner, formal, task, layers)
+        value = methods.instantiate(ctx, inner, decl, decl.name.text, decl.span)
+        if isinstance(value, Instance):
+            for stage in value.stages:
+                stages.elaborate(ctx, inner, stage)
+        return list(ctx.diagnostics)
+    finally:
+        ctx.diagnostics, ctx.builder, ctx.models, ctx.stages = held
+
+
+def _formal(ctx: Context, inner: Scope, formal: ast.Formal, task: Task, layers: int) -> None:
+    name = formal.name.text
+    if formal.role is not None:
+        info = _specimen(task, layers if formal.role == "student" else 12)
+        ctx.builder.add(ModelNode(f"model/{name}", name, formal.role, info))
+        model = Model(name, info, formal.role, f"{name}/forward", formal.name.span)
+        ctx.models[name] = model
+        inner.names[name] = Definition(name, formal, formal.name.span, model, used=True)
+        return
+    value = None
+    if formal.default is not None and formal.type is not None:
+        value = parameters.fit(
+            ctx, inner, name, ctx.evaluate(inner, formal.default), formal.type, formal.within, formal.default.span
+        )
+    inner.names[name] = Definition(name, formal, formal.name.span, value or Unknown(), used=True)

@@ -1,0 +1,200 @@
+"""Checks of a whole stage: does every loss train something, do models and data fit together."""
+
+from __future__ import annotations
+
+import networkx as nx
+
+from gkd_dsl import schedules
+from gkd_dsl.diagnostics import Edit, Fix, Label
+from gkd_dsl.graph.nodes import ForwardNode, OpNode, ProjectNode, SourceSpec, StageNode
+from gkd_dsl.meaning.context import Context
+from gkd_dsl.meaning.scope import Scope
+from gkd_dsl.meaning.training import Training
+from gkd_dsl.meaning.values import Model, NamedLoss
+from gkd_dsl.models.tokenizer import same_ids
+from gkd_dsl.source import Span
+from gkd_dsl.sources import columns_of, label_count
+from gkd_dsl.syntax import ast
+
+
+def reach(
+    ctx: Context,
+    scope: Scope,
+    decl: ast.Stage,
+    terms: list[tuple[schedules.Schedule, NamedLoss]],
+    trained: Training,
+) -> None:
+    """Every minimised loss reaches something that is trained, and every trained thing is reached."""
+    minimize = next(stmt for stmt in decl.body if isinstance(stmt, ast.Minimize))
+    reached: frozenset[str] = frozenset()
+    for weight, loss in terms:
+        reached |= loss.carries
+        if schedules.is_zero(weight):
+            ctx.warning(
+                scope, "W0702", f"`{loss.name}` has the weight 0 in this stage", minimize.value.span,
+                "it is not computed",
+            )  # fmt: skip
+            continue
+        if any(trained.trains(name) for name in loss.carries):
+            continue
+        teachers = [name for name in sorted(loss.carries) if name in ctx.models]
+        notes: list[str] = []
+        fix = None
+        if teachers and not trained.said:
+            name = teachers[0]
+            notes = [f"`{name}` is a teacher, which is not trained unless the stage says so"]
+            fix = _train(minimize, name)
+        elif teachers:
+            notes = [f"its gradient reaches {', '.join(teachers)}, which this stage does not train"]
+        else:
+            notes = ["both of its sides are detached"]
+        node = ctx.builder.node(loss.key)
+        where = node.locations[0].span if node.locations and not scope.uses else minimize.value.span
+        labels = [Label(where, "defined here", primary=False)] if where != minimize.value.span else []
+        ctx.error(
+            scope, "E0340", f"`{loss.name}` reaches nothing that this stage trains", minimize.value.span,
+            "its gradient goes nowhere", labels=labels, notes=notes, fix=fix,
+        )  # fmt: skip
+    if not trained.said:
+        return
+    for target in trained.targets:
+        name = target.name if target.kind == "model" else f"project/{target.name}"
+        if name not in reached:
+            train = next(stmt for stmt in decl.body if isinstance(stmt, ast.Train))
+            ctx.warning(
+                scope, "W0703", f"`{target.name}` is trained in this stage, but no loss reaches it", train.span,
+                "it stays as it is",
+            )  # fmt: skip
+
+
+def _train(minimize: ast.Minimize, name: str) -> Fix:
+    span = minimize.span
+    line_start = span.start - (span.column - 1)
+    indent = span.source.text[line_start : span.start]
+    return Fix(
+        f"train `{name}` in this stage", (Edit(Span(span.source, line_start, line_start), f"{indent}train {name}\n"),)
+    )
+
+
+def batch(ctx: Context, scope: Scope, decl: ast.Stage, node: StageNode, source: SourceSpec | None) -> None:
+    """The batch suits every model that runs, and gives the columns that the stage reads."""
+    below = nx.ancestors(ctx.builder.graph, node.key)
+    forwards = [ctx.builder.node(key) for key in sorted(below)]
+    names = sorted({f.model for f in forwards if isinstance(f, ForwardNode)})
+    models = [ctx.models[name] for name in names]
+    _vocabularies(ctx, scope, decl, models)
+    _teacher_projections(ctx, scope, decl, below)
+    if source is None:
+        return
+    head = next((m for m in models if m.role == "student"), models[0] if models else None)
+    if head is None:
+        return
+    shape = ctx.source_kinds[source.name]
+    args = dict(source.args)
+    task = next((m.info.task for m in models if m.info.task != "encoder"), head.info.task)
+    columns = columns_of(shape, args, task)
+    for key in sorted(below):
+        if not key.startswith("batch/"):
+            continue
+        column = key.removeprefix("batch/")
+        if column not in columns:
+            place = source.location.span if source.location is not None else None
+            labels = [Label(place, "this source", primary=False)] if place is not None and not scope.uses else []
+            ctx.error(
+                scope, "E0506", f"stage `{node.name}` reads `batch.{column}`, and `{source.name}` has none",
+                decl.name.span, "needs it", labels=labels,
+                notes=['say which column holds the labels: `label = "..."`'] if column == "labels" else [],
+            )  # fmt: skip
+        elif columns[column].dims != ctx.builder.node(key).type.dims:
+            ctx.error(
+                scope, "E0506", f"`batch.{column}` of `{source.name}` is {columns[column]}, and stage `{node.name}` "
+                f"reads {ctx.builder.node(key).type}", decl.name.span,
+            )  # fmt: skip
+    if "batch/labels" in below and columns.get("labels") is not None and len(columns["labels"].dims) == 1:
+        _labels(ctx, scope, decl, node, source, models, below)
+
+
+def _vocabularies(ctx: Context, scope: Scope, decl: ast.Stage, models: list[Model]) -> None:
+    """All models of a stage read the same token ids, so their tokenizers are the same."""
+    owner = next((m for m in models if m.role == "student"), models[0] if models else None)
+    if owner is None or owner.info.vocabulary is None:
+        return
+    for model in models:
+        other = model.info.vocabulary
+        if model is owner or other is None or model.info.formal:
+            continue
+        same = same_ids(owner.info.vocabulary, other)
+        if same is False:
+            labels = [
+                Label(m.defined, f"{m.info.vocabulary.size} tokens", primary=False)
+                for m in (model, owner)
+                if m.defined is not None and m.info.vocabulary is not None and not scope.uses
+            ]
+            ctx.error(
+                scope, "E0321", f"`{model.name}` and `{owner.name}` have different tokenizers", decl.name.span,
+                "both read the same token ids here", labels=labels,
+                notes=[
+                    f"the batch is tokenised by `{owner.name}`; to `{model.name}` the ids would mean other words",
+                    "choose a teacher and a student of one tokenizer",
+                ],
+            )  # fmt: skip
+
+
+def _labels(
+    ctx: Context,
+    scope: Scope,
+    decl: ast.Stage,
+    node: StageNode,
+    source: SourceSpec,
+    models: list[Model],
+    below: set[str],
+) -> None:
+    """The labels of the data fit the classes of the heads that meet them."""
+    count = label_count(ctx.source_kinds[source.name], dict(source.args), scope.root)
+    if count is None:
+        return
+    met = _models_that_meet_labels(ctx, below)
+    for model in models:
+        classes = model.info.size("C")
+        if model.name in met and classes is not None and classes < count:
+            labels = (
+                [Label(model.defined, f"{classes} classes", primary=False)] if model.defined and not scope.uses else []
+            )
+            ctx.error(
+                scope, "E0323", f"`{source.name}` has {count} labels, and `{model.name}` tells {classes} apart",
+                decl.name.span, "they meet here", labels=labels, notes=[f"write `num_labels = {count}`"],
+            )  # fmt: skip
+
+
+def _models_that_meet_labels(ctx: Context, below: set[str]) -> set[str]:
+    met: set[str] = set()
+    for key in below:
+        node = ctx.builder.node(key)
+        if isinstance(node, OpNode) and node.op == "cross_entropy":
+            for above in nx.ancestors(ctx.builder.graph, ctx.builder.inputs(key)["student"]):
+                if above.startswith("model/"):
+                    met.add(above.removeprefix("model/"))
+    return met
+
+
+def _teacher_projections(ctx: Context, scope: Scope, decl: ast.Stage, below: set[str]) -> None:
+    """A projection that only ever stands on the teacher's side can make both sides constant."""
+    graph = ctx.builder.graph
+    for key in sorted(below):
+        node = ctx.builder.node(key)
+        if not isinstance(node, ProjectNode):
+            continue
+        uses = [consumer for _, consumer in graph.out_edges(key)]
+        if uses and all(_detached(ctx, use) for use in uses):
+            where = node.locations[0].span if node.locations else decl.name.span
+            ctx.warning(
+                scope, "W0704", f"`{node.name}` projects the teacher's side, and nothing anchors it",
+                where if not scope.uses else decl.name.span, "it can learn a constant, which both sides then match",
+                notes=["give it a loss of its own, such as a cross entropy on its output, or freeze it"],
+            )  # fmt: skip
+
+
+def _detached(ctx: Context, use: str) -> bool:
+    source = ctx.builder.inputs(use).get("x")
+    node = ctx.builder.node(source) if source is not None else None
+    return isinstance(node, OpNode) and node.op == "detach"

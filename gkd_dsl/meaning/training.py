@@ -1,0 +1,121 @@
+"""What a stage trains."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gkd_dsl.graph.nodes import TrainTarget
+from gkd_dsl.meaning.context import Context
+from gkd_dsl.meaning.scope import Scope
+from gkd_dsl.meaning.values import Block, Family, Items, Layers, Loss, Model, TapPart, Unknown, Value, kind
+from gkd_dsl.syntax import ast
+
+PARTS = ("body", "embed", "head")
+
+
+@dataclass(frozen=True)
+class Training:
+    """The targets; `said` where the stage lists them itself."""
+
+    targets: tuple[TrainTarget, ...]
+    said: bool
+
+    def trains(self, name: str) -> bool:
+        """Whether a model of this name, or a projection of this key, is trained at least in part."""
+        return any(
+            target.name == name if target.kind == "model" else f"project/{target.name}" == name
+            for target in self.targets
+        )
+
+
+def training(ctx: Context, scope: Scope, decl: ast.Stage, objective: Loss | None) -> Training | None:
+    """The targets of a stage: what `train` lists, else the students and the projections that the objective uses."""
+    carries = objective.carries if objective is not None else frozenset()
+    listed = [target for stmt in decl.body if isinstance(stmt, ast.Train) for target in stmt.targets]
+    frozen = [target for stmt in decl.body if isinstance(stmt, ast.Freeze) for target in stmt.targets]
+    targets: list[TrainTarget] = []
+    good = True
+    if listed:
+        for written in listed:
+            found = _targets(ctx, scope, written, carries)
+            good = good and found is not None
+            targets += found or []
+    else:
+        for name in sorted(carries):
+            if name.startswith("project/"):
+                targets.append(TrainTarget("project", name.removeprefix("project/")))
+            elif name in ctx.models and ctx.models[name].role != "teacher":
+                targets.append(TrainTarget("model", name))
+    for written in frozen:
+        found = _targets(ctx, scope, written, carries)
+        if found is None:
+            good = False
+            continue
+        targets = _without(ctx, scope, targets, found, written)
+    unique = tuple(dict.fromkeys(targets))
+    return Training(unique, bool(listed)) if good else None
+
+
+def _targets(ctx: Context, scope: Scope, written: ast.Expr, carries: frozenset[str]) -> list[TrainTarget] | None:
+    value = ctx.evaluate(scope, written)
+    if isinstance(value, Unknown):
+        return None
+    found = _of(value, carries)
+    if found is None:
+        ctx.error(
+            scope, "E0417", f"`train` and `freeze` take models, parts of them and projections, not {kind(value)}",
+            written.span, "a model, `s.body`, `s.embed`, `s.head`, `s.layer[i]`, or a projection",
+        )  # fmt: skip
+    return found
+
+
+def _of(value: Value, carries: frozenset[str]) -> list[TrainTarget] | None:
+    match value:
+        case Model():
+            return [TrainTarget("model", value.name)]
+        case Block():
+            return [TrainTarget("project", value.name)]
+        case Family():
+            # Every member that the objective uses.
+            names = sorted(key.removeprefix("project/") for key in carries if key.startswith("project/"))
+            return [
+                TrainTarget("project", name) for name in names if name.rsplit("/", 1)[-1].split(".")[0] == value.name
+            ]
+        case Layers():
+            return [TrainTarget("model", value.model.name, f"layer.{i}") for i in value.indices]
+        case TapPart(parts=((name, index),)):
+            model = value.model
+            if name in PARTS and index is None:
+                return [TrainTarget("model", model.name, name)]
+            if name == "layer":
+                count = model.info.size("N") or 0
+                numbers = range(count) if index is None else [int(index[0]) % count]
+                return [TrainTarget("model", model.name, f"layer.{i}") for i in numbers]
+        case Items():
+            found: list[TrainTarget] = []
+            for item in value.items:
+                inner = _of(item, carries)
+                if inner is None:
+                    return None
+                found += inner
+            return found
+    return None
+
+
+def _without(
+    ctx: Context, scope: Scope, targets: list[TrainTarget], frozen: list[TrainTarget], written: ast.Expr
+) -> list[TrainTarget]:
+    """The targets less what is frozen; a part frozen out of a whole model leaves its other parts."""
+    left = list(targets)
+    for target in frozen:
+        if target in left:
+            left.remove(target)
+        elif target.part is None:
+            left = [other for other in left if (other.kind, other.name) != (target.kind, target.name)]
+        elif TrainTarget("model", target.name) in left:
+            left.remove(TrainTarget("model", target.name))
+            count = ctx.models[target.name].info.size("N") or 0
+            parts = ["embed", *(f"layer.{i}" for i in range(count)), "head"]
+            gone = {"body": parts[:-1]}.get(target.part, [target.part])
+            left += [TrainTarget("model", target.name, part) for part in parts if part not in gone]
+    return left

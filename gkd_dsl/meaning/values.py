@@ -1,0 +1,360 @@
+"""What an expression stands for while a spec is checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from gkd_dsl import schedules
+from gkd_dsl.models.info import ModelInfo
+from gkd_dsl.source import Location, Span
+from gkd_dsl.syntax import ast
+from gkd_dsl.types import Dim, LossType, TensorType
+
+if TYPE_CHECKING:
+    from gkd_dsl.graph.nodes import OptimSpec, SourceSpec, TrainTarget
+    from gkd_dsl.meaning.scope import Scope
+
+
+@dataclass(frozen=True)
+class Unknown:
+    """Stands for what was reported already, or for what a later version runs; agrees with everything."""
+
+
+UNKNOWN = Unknown()
+
+
+@dataclass(frozen=True)
+class Num:
+    """A number. `dim` is set where it is a model's size (`s.H`)."""
+
+    value: int | float
+    dim: Dim | None = None
+
+
+@dataclass(frozen=True)
+class Truth:
+    value: bool
+
+
+@dataclass(frozen=True)
+class Text:
+    value: str
+
+
+@dataclass(frozen=True)
+class Word:
+    """A bare name where a setting takes one of a few words: `bf16`, `offload`."""
+
+    value: str
+
+
+@dataclass(frozen=True)
+class Items:
+    """A list; the pairs of a layer map are lists of two numbers."""
+
+    items: tuple[Value, ...]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A layer map drawn anew every so often: every pair that may come, and when each counts."""
+
+    pairs: tuple[tuple[tuple[int, ...], schedules.Schedule], ...]
+
+
+@dataclass(frozen=True)
+class Length:
+    """A duration or a percentage: `500 steps`, `10%`."""
+
+    span: schedules.Span
+
+
+@dataclass(frozen=True)
+class Scheduled:
+    schedule: schedules.Schedule
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model of the spec, or a further pass of one (`forward` is then its own forward)."""
+
+    name: str
+    info: ModelInfo
+    role: str
+    forward: str
+    defined: Span | None = field(default=None, compare=False)
+    further: bool = False
+
+
+@dataclass(frozen=True)
+class TapPart:
+    """A path into a model that is not a tensor yet: `s.layer`, `s.layer[3].attn`."""
+
+    model: Model
+    parts: tuple[tuple[str, tuple[int | str, ...] | None], ...]
+    spans: tuple[Span, ...] = field(compare=False, default=())
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Some blocks of a model, as an aligner sees them: `s.layer`, `t.layer[1 ..< 5]`."""
+
+    model: Model
+    indices: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor of the graph.
+
+    carries       names of the models, and keys of the projections, that its gradient reaches
+    reads         names of the models that it is computed from
+    next_token    its L axis predicts the next token (the logits of a causal model)
+    causal        a map over two L axes where keys after the query do not count
+    from_batch    computed from the batch alone
+    """
+
+    key: str
+    type: TensorType
+    carries: frozenset[str] = frozenset()
+    reads: frozenset[str] = frozenset()
+    next_token: bool = False
+    causal: bool = False
+    from_batch: bool = False
+
+
+@dataclass(frozen=True)
+class Atom:
+    """A loss operator's result: values per position, not reduced."""
+
+    key: str
+    type: LossType
+    carries: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Term:
+    """A weight times a loss; the loss is an atom of the graph or a declared loss."""
+
+    weight: schedules.Schedule
+    loss: Atom | NamedLoss
+
+
+@dataclass(frozen=True)
+class NamedLoss:
+    """A declared loss."""
+
+    key: str
+    name: str
+    carries: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A sum of weighted losses. `partial` marks one with parts that are unknown here."""
+
+    terms: tuple[Term, ...]
+    partial: bool = False
+
+    @property
+    def carries(self) -> frozenset[str]:
+        return frozenset().union(*(term.loss.carries for term in self.terms))
+
+
+@dataclass(frozen=True)
+class Block:
+    """A projection."""
+
+    key: str
+    name: str
+    in_dim: Dim
+    out_dim: Dim
+
+
+@dataclass(frozen=True)
+class Family:
+    """`loss att[i]`, `project W[i]`, `let w[k]`: made for each index when asked for."""
+
+    name: str
+    arity: int
+    make: Callable[[tuple[int, ...], Span], Value] = field(compare=False)
+
+
+@dataclass(frozen=True)
+class LossFunction:
+    """`loss soft(m: model) = ...`."""
+
+    decl: ast.LossDecl
+    scope: Scope = field(compare=False)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The batch; its columns are tensors."""
+
+
+@dataclass(frozen=True)
+class Source:
+    spec: SourceSpec
+
+
+@dataclass(frozen=True)
+class Optimiser:
+    spec: OptimSpec
+
+
+@dataclass(frozen=True)
+class Trained:
+    target: TrainTarget
+
+
+@dataclass(frozen=True)
+class Metric:
+    key: str
+    name: str
+
+
+@dataclass(frozen=True)
+class Method:
+    decl: ast.MethodDecl
+    scope: Scope = field(compare=False)
+
+
+@dataclass(frozen=True)
+class Instance:
+    """A used method: its named losses, projections, total and stages."""
+
+    name: str
+    scope: Scope = field(compare=False)
+    total: Loss | None
+    stages: tuple[ast.Stage, ...] = field(compare=False, default=())
+    location: Location | None = field(compare=False, default=None)
+
+
+@dataclass(frozen=True)
+class Module:
+    """An imported file: `import "x.gkd" as x`."""
+
+    name: str
+    scope: Scope = field(compare=False)
+
+
+@dataclass(frozen=True)
+class PythonModule:
+    """`import python "..." as ops`: operators and sources by name, read without running it."""
+
+    name: str
+    path: str
+    extensions: Mapping[str, object] = field(compare=False, hash=False)
+
+
+@dataclass(frozen=True)
+class Directed:
+    """`a -> b` as an argument."""
+
+    left: Value
+    right: Value
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """A range of whole numbers: `0 ..< s.N`."""
+
+    lo: int
+    hi: int
+
+
+Value = (
+    Unknown
+    | Num
+    | Truth
+    | Text
+    | Word
+    | Items
+    | Drawn
+    | Length
+    | Scheduled
+    | Model
+    | TapPart
+    | Layers
+    | Tensor
+    | Loss
+    | Block
+    | Family
+    | LossFunction
+    | Batch
+    | Source
+    | Optimiser
+    | Trained
+    | Metric
+    | Method
+    | Instance
+    | Module
+    | PythonModule
+    | Directed
+    | Numbers
+)
+
+_KINDS: dict[type, str] = {
+    Unknown: "a value",
+    Num: "a number",
+    Truth: "true or false",
+    Text: "a text",
+    Word: "a word",
+    Items: "a list",
+    Drawn: "a layer map",
+    Length: "a duration",
+    Scheduled: "a schedule",
+    Model: "a model",
+    TapPart: "a part of a model",
+    Layers: "layers of a model",
+    Tensor: "a tensor",
+    Loss: "a loss",
+    Block: "a projection",
+    Family: "a family",
+    LossFunction: "a loss function",
+    Batch: "the batch",
+    Source: "a data source",
+    Optimiser: "an optimiser",
+    Trained: "something to train",
+    Metric: "a metric",
+    Method: "a method",
+    Instance: "a used method",
+    Module: "an imported file",
+    PythonModule: "an imported Python file",
+    Directed: "a direction `a -> b`",
+    Numbers: "a range",
+}
+
+
+def kind(value: Value) -> str:
+    """What a value is, in words: "a loss", "a number"."""
+    if isinstance(value, Length):
+        return "a percentage" if value.span.unit == "percent" else f"a duration in {value.span.unit}"
+    return _KINDS[type(value)]
+
+
+def as_schedule(value: Value) -> schedules.Schedule | None:
+    """A number or a schedule as a schedule; None for anything else."""
+    if isinstance(value, Num):
+        return schedules.Constant(float(value.value))
+    if isinstance(value, Scheduled):
+        return value.schedule
+    return None
+
+
+def plain(value: Value) -> object:
+    """The Python value that an attribute of a graph node holds."""
+    if isinstance(value, Num | Truth | Text | Word):
+        return value.value
+    if isinstance(value, Items):
+        return tuple(plain(item) for item in value.items)
+    if isinstance(value, Length):
+        return value.span
+    if isinstance(value, Scheduled):
+        return value.schedule
+    if isinstance(value, Numbers):
+        return tuple(range(value.lo, value.hi))
+    return None
