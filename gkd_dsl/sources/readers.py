@@ -151,7 +151,11 @@ def json_lines(path: Path, args: Mapping[str, AttrValue]) -> Iterator[tuple[int,
                 raise ReadError(path, line, f"the line is not JSON ({reason})", hint=_jsonl_hint(text, line)) from error
             if not isinstance(value, dict):
                 found = (
-                    "a list" if isinstance(value, list) else "a text" if isinstance(value, str) else "a number or word"
+                    "a list"
+                    if isinstance(value, list)
+                    else "a text"
+                    if isinstance(value, str)
+                    else "a number or a word"
                 )
                 hint = 'each line is one object, such as {"text": "..."}'
                 raise ReadError(path, line, f"the line holds {found}, not an object", hint=hint)

@@ -1,0 +1,145 @@
+"""Everything that can be wrong with data is told in words."""
+
+import pytest
+from gkd_dsl.runtime.data import DataError
+from loader_help import labelled_file, loader_for, word_tokenizer
+
+from gkd_dsl import extension
+
+
+def error(tokenizer, folder, kind="csv", **rest):
+    with pytest.raises(DataError) as caught:
+        loader_for(tokenizer, folder, kind, **rest)
+    assert str(caught.value).startswith("data `texts`: ")
+    return caught.value
+
+
+def test_a_label_beyond_the_model(tokenizer, tmp_path):
+    labelled_file(tmp_path)
+    found = error(tokenizer, tmp_path, path="a.csv", label="label", classes=2)
+    assert found.message == "row 3 has label `2`, class 2, and the model has 2 classes"
+    assert found.hint == "classes are 0 to 1; `labels = [...]` gives other labels their numbers"
+    named = error(tokenizer, tmp_path, path="a.csv", label="label", labels=(0, 1, 2), classes=2)
+    assert named.hint == "give the model `num_labels = 3`"
+    loader_for(tokenizer, tmp_path, "csv", path="a.csv", label="label", classes=3)
+
+
+def test_labels_that_cannot_be_numbered(tokenizer, tmp_path):
+    (tmp_path / "a.csv").write_text("text,y,z,n\n" + "w1,0.5,,-1\nw2,1.5,1,1\n" * 4)
+    found = error(tokenizer, tmp_path, path="a.csv", label="y")
+    assert "numbers with fractions, such as 0.5" in found.message
+    assert "threshold" in found.hint
+    assert error(tokenizer, tmp_path, path="a.csv", label="z").message == "row 1 has no label"
+    assert "-1 is no class" in error(tokenizer, tmp_path, path="a.csv", label="n").message
+    unknown = error(tokenizer, tmp_path, path="a.csv", label="n", labels=("1", "2"))
+    assert unknown.message == "row 1: the label `-1` is not one of 1, 2"
+    (tmp_path / "b.csv").write_text("text,y\nw1,0.5\nw2,high\n")
+    found = error(tokenizer, tmp_path, path="b.csv", label="y", threshold=0.0)
+    assert found.message == "row 2: the label `high` is not a number"
+
+
+def test_an_unseen_label_in_the_held_out_file(tokenizer, tmp_path):
+    (tmp_path / "a.csv").write_text("text,y\n" + "w1,good\nw2,bad\n" * 4)
+    (tmp_path / "dev.csv").write_text("text,y\nw1,fair\n")
+    found = error(tokenizer, tmp_path, path="a.csv", label="y", held_out="dev.csv")
+    assert found.message == "row 1: the label `fair` is not one of bad, good"
+
+
+def test_a_text_column_without_texts(tokenizer, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": null}\n' * 5)
+    found = error(tokenizer, tmp_path, "jsonl", path="a.jsonl")
+    assert found.message == "the column `text` is empty in all 5 rows"
+    (tmp_path / "b.jsonl").write_text('{"text": null}\n' * 5 + '{"text": "w1"}\n' * 5)
+    loader = loader_for(tokenizer, tmp_path, "jsonl", path="b.jsonl", held_out=0.0)
+    assert loader.sizes.left_out == {"without text": 5}
+
+
+def test_everything_filtered_out(tokenizer, tmp_path):
+    (tmp_path / "a.csv").write_text("text,y\n" + "w1,1\n" * 6)
+    found = error(tokenizer, tmp_path, path="a.csv", label="y", threshold=1.0)
+    assert found.message == "no row is left: 6 on the threshold"
+    (tmp_path / "a.jsonl").write_text('{"q": "w1 w2 w3 w4", "a": "w5"}\n' * 6)
+    found = error(
+        word_tokenizer(causal=True),
+        tmp_path,
+        "jsonl",
+        task="causal_lm",
+        path="a.jsonl",
+        prompt="q",
+        completion="a",
+        max_length=4,
+    )
+    assert found.message == "no row is left: in all 6 nothing is to be learned"
+    assert found.hint == "prompts fill the 4 tokens of a row: raise `max_length`"
+
+
+def test_fewer_rows_than_a_batch(tokenizer, tmp_path):
+    labelled_file(tmp_path, 30)
+    found = error(tokenizer, tmp_path, path="a.csv", batch_size=32)
+    assert found.message == "there are 27 rows to train on, fewer than a batch of 32 (3 are held out)"
+    assert found.hint == "write `batch_size = 27` in stage `main`"
+
+
+def test_files_that_changed_since_the_check(tokenizer, tmp_path):
+    assert error(tokenizer, tmp_path, path="a.csv").message == "a.csv: it cannot be read: No such file or directory"
+    (tmp_path / "a.csv").write_text("text,y\nw1,1\nw2\n")
+    found = error(tokenizer, tmp_path, path="a.csv")
+    assert found.message == "a.csv, line 3: the row has 1 cell, 2 columns are named"
+    (tmp_path / "a.csv").write_text("words,y\nw1,1\n")
+    assert "it has no column `text`" in error(tokenizer, tmp_path, path="a.csv").message
+    (tmp_path / "a.csv").write_text("text\n")
+    assert "the source has no rows" in error(tokenizer, tmp_path, path="a.csv").message
+    assert "no file matches" in error(tokenizer, tmp_path, "text", path="*.txt").message
+
+
+def test_columns_that_the_stage_reads(tokenizer, tmp_path):
+    labelled_file(tmp_path)
+    found = error(tokenizer, tmp_path, path="a.csv", columns=("input_ids", "labels"))
+    assert found.message == "the stage reads `batch.labels`, and the source has none"
+    assert found.hint == 'add `label = "..."`'
+    found = error(tokenizer, tmp_path, path="a.csv", columns=("weights",))
+    assert found.hint == "it gives attention_mask, input_ids, token_type_ids"
+
+
+def test_tasks_that_the_tokenizer_or_the_source_cannot_do(tokenizer, tmp_path):
+    labelled_file(tmp_path)
+    tokenizer.mask_token = None
+    found = error(tokenizer, tmp_path, path="a.csv", task="masked_lm")
+    assert found.message == "the tokenizer has no mask token, which a masked model needs"
+    causal = word_tokenizer(causal=True)
+    found = error(causal, tmp_path, path="a.csv", task="causal_lm", text_pair="label")
+    assert found.hint == "use `prompt` and `completion`"
+
+
+def test_sources_in_python_that_fail(tokenizer, tmp_path):
+    bodies = {
+        "raises_one": ("text", "raise KeyError('x')", "`raises_one` raised KeyError: 'x'"),
+        "raises_late": ("text", "yield 'w1'; raise OSError('gone')", "`raises_late` raised OSError: gone"),
+        "gives_numbers": ("text", "return [1]", "`gives_numbers` gave int as row 0, and a text was declared"),
+        "gives_texts": ("rows", "return ['a']", "`gives_texts` gave str as row 0, and rows were declared"),
+        "gives_others": ("rows", "return [{'words': 'a'}]", "row 0 of `gives_others` has no `text`"),
+        "gives_lists": ("rows", "return [{'text': ['a']}]", "`text` in row 0 of `gives_lists` is not a text"),
+        "gives_none": ("text", "return []", "`gives_none` gave no rows"),
+    }
+    lines = ["import gkd_dsl"]
+    for name, (result, body, _) in bodies.items():
+        lines += [f"@gkd_dsl.source('{name}() -> {result}')", f"def {name}(): {body}"]
+    (tmp_path / "failing.py").write_text("\n".join(lines) + "\n")
+    extension.load("./failing.py", tmp_path)
+    for name, (_, _, message) in bodies.items():
+        assert error(tokenizer, tmp_path, name).message == message
+    assert "must be imported first" in str(error(tokenizer, tmp_path, "nowhere"))
+    found = error(tokenizer, tmp_path, "gives_none", held_out="dev.csv")
+    assert found.message == "`gives_none` gave no rows"
+
+
+def test_data_sets_that_are_not_there(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "state.json").write_text("{")
+    found = error(tokenizer, tmp_path, "hf_dataset", path="broken")
+    assert found.arg == "path"
+
+
+def test_arguments_are_checked_again(tokenizer, tmp_path):
+    assert error(tokenizer, tmp_path, path="a.csv", limit=0).message == "`limit` is 0; the least is 1"
