@@ -8,6 +8,7 @@ sentence for the user, where no such map exists.
 from __future__ import annotations
 
 import hashlib
+from functools import lru_cache
 
 Pairs = list[tuple[int, int]]
 
@@ -141,13 +142,18 @@ def random_sorted(students: int, teachers: int, *, n: int | None = None, seed: i
     final one (arXiv 2109.10164). With n = students the final block can be drawn too. The map is a pure function
     of (seed, epoch), the same on every machine. Raises ValueError for a student deeper than its teacher.
     """
+    return list(_draw(students, teachers, n, seed, epoch))
+
+
+@lru_cache(maxsize=1024)
+def _draw(students: int, teachers: int, n: int | None, seed: int, epoch: int) -> tuple[tuple[int, int], ...]:
     count, pool = _drawn_from(students, teachers, n)
 
     def key(block: int) -> bytes:
         return hashlib.sha256(f"random_sorted {seed} {epoch} {block}".encode()).digest()
 
     drawn = sorted(sorted(range(pool), key=key)[:count])
-    return list(enumerate(drawn))
+    return tuple(enumerate(drawn))
 
 
 def possible_pairs(students: int, teachers: int, n: int | None = None) -> Pairs:

@@ -59,6 +59,11 @@ class Span:
         return f"{amount}%" if self.unit == "percent" else f"{amount} {self.unit}"
 
 
+def _between(first: float, second: float, value: float) -> float:
+    """The value, kept from leaving the two ends by rounding."""
+    return min(max(value, min(first, second)), max(first, second))
+
+
 @dataclass(frozen=True)
 class Constant:
     """The same number throughout."""
@@ -83,7 +88,10 @@ class Ramp:
 
     def value(self, clock: Clock) -> float:
         """The number at this step."""
-        return self.start + (self.end - self.start) * min(1.0, self.until.fraction(clock))
+        passed = self.until.fraction(clock)
+        if passed >= 1.0:
+            return self.end
+        return _between(self.start, self.end, self.start + (self.end - self.start) * passed)
 
     def __str__(self) -> str:
         return f"ramp({self.start:g} -> {self.end:g}, until = {self.until})"
@@ -99,8 +107,11 @@ class Cosine:
 
     def value(self, clock: Clock) -> float:
         """The number at this step."""
-        passed = min(1.0, self.until.fraction(clock))
-        return self.end + (self.start - self.end) * 0.5 * (1.0 + math.cos(math.pi * passed))
+        passed = self.until.fraction(clock)
+        if passed >= 1.0:
+            return self.end
+        share = 0.5 * (1.0 - math.cos(math.pi * passed))
+        return _between(self.start, self.end, self.start + (self.end - self.start) * share)
 
     def __str__(self) -> str:
         return f"cosine({self.start:g} -> {self.end:g}, until = {self.until})"
@@ -116,7 +127,8 @@ class StepAt:
 
     def value(self, clock: Clock) -> float:
         """The number at this step."""
-        return self.after if self.at.fraction(clock) >= 1.0 else self.before
+        # A quotient that should be 1 may fall just short of it.
+        return self.after if self.at.fraction(clock) >= 1.0 - 1e-9 else self.before
 
     def __str__(self) -> str:
         return f"step_at({self.before:g} -> {self.after:g}, at = {self.at})"
