@@ -350,9 +350,11 @@ def _derive(
         width, heads = sizes["H"], sizes["A"]
         # transformers refuses this for every family here but those whose head size is a field of its own
         if width % heads and ("D" not in sizes or (family is not None and family.name == "llama")):
+            below = width // heads * heads
+            fitting = [str(fits) for fits in (below, below + heads) if fits]
             raise ModelError(
                 f'{sources["H"]} = {width} of "{location}" is not divisible by {sources["A"]} = {heads}',
-                f"{' or '.join(str(fits) for fits in (width // heads * heads, (width // heads + 1) * heads) if fits)} is",
+                f"{' or '.join(fitting)} is",
             )
         if "D" not in sizes:
             sizes["D"], sources["D"] = width // heads, f"{sources['H']} / {sources['A']}"

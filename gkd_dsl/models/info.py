@@ -65,6 +65,7 @@ class ModelInfo:
     config: Mapping[str, Any] = field(default_factory=dict, compare=False, hash=False)
 
     def size(self, name: str) -> int | None:
+        """The size called `name` (H, V, N, ...); None where the model has none."""
         return dict(self.sizes).get(name)
 
     def dim(self, name: str, model: str) -> Dim:
@@ -76,4 +77,5 @@ class ModelInfo:
 
     @property
     def causal(self) -> bool:
+        """Whether position i of its logits predicts token i + 1."""
         return self.task == "causal_lm"

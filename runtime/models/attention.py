@@ -6,6 +6,7 @@ name is ours; our function computes the tapped layers itself and hands all other
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -22,7 +23,8 @@ _PREFIX = "gkd_tapped_"
 class Recorder(Protocol):
     """Takes `scores` and `probs` of one attention module as they are computed."""
 
-    def __call__(self, what: str, value: Tensor) -> None: ...
+    def __call__(self, what: str, value: Tensor) -> None:
+        """Take `value`; `what` is "scores" or "probs"."""
 
 
 _TAPPED: dict[nn.Module, Recorder] = {}
@@ -130,8 +132,6 @@ def _dispatch(fallback: Callable[..., Any] | None) -> Callable[..., Any]:
 
 def _eager(module: nn.Module) -> Callable[..., Any]:
     """The eager attention of a model: transformers keeps one in the file of each family."""
-    import sys
-
     return sys.modules[type(module).__module__].eager_attention_forward
 
 

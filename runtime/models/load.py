@@ -28,6 +28,15 @@ _AUTO: dict[Task, str] = {
     "masked_lm": "AutoModelForMaskedLM",
     "causal_lm": "AutoModelForCausalLM",
 }
+_TOKENIZERS = (
+    "tokenizer.json",
+    "vocab.txt",
+    "vocab.json",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
+)
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
 
 
@@ -37,15 +46,19 @@ class LoadReport:
 
     new      parameters that start from random values
     dropped  saved tensors that this model has no place for
+    all_new  whether nothing was saved: a model with random weights
     """
 
     name: str
     new: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
+    all_new: bool = False
 
     def __str__(self) -> str:
         lines = []
-        if self.new:
+        if self.all_new:
+            lines.append(f"{self.name}: all {len(self.new)} parameters start from random values")
+        elif self.new:
             lines.append(f"{self.name}: {_some(self.new)} start from random values: train before use")
         if self.dropped:
             lines.append(f"{self.name}: {_some(self.dropped)} of the saved weights are not used")
@@ -67,8 +80,8 @@ def load(
     Raises ModelError.
     """
     model, report = load_with_report(info, dtype=dtype, device=device, models=models, seed=seed)
-    if report.new or report.dropped:
-        log.warning("%s", report)
+    if str(report):
+        log.log(logging.INFO if report.all_new else logging.WARNING, "%s", report)
     return model
 
 
@@ -88,7 +101,7 @@ def load_with_report(
             model, report = _from_weights(info, dtype or torch.float32)
         elif info.build.kind == "random":
             model = build(info)
-            report = LoadReport(info.location, new=tuple(name for name, _ in model.named_parameters()))
+            report = LoadReport(info.location, new=tuple(name for name, _ in model.named_parameters()), all_new=True)
         else:
             model, report = _truncated(info, models or {})
     if info.task == "classification" and model.config.pad_token_id is None:
@@ -142,6 +155,9 @@ def load_tokenizer(info: ModelInfo) -> PreTrainedTokenizerBase:
     if info.path is None:
         raise ModelError(f"{info.location} is the model of a method: it has no tokenizer")
     source, revision = _source(info, tokenizer=True)
+    # without files transformers would make up an empty tokenizer
+    if source == info.path and not any((Path(source) / name).is_file() for name in _TOKENIZERS):
+        raise ModelError(f'there is no tokenizer beside "{info.location}"', "save one there with save_pretrained")
     try:
         with _quiet():
             tokenizer = transformers.AutoTokenizer.from_pretrained(source, revision=revision)
@@ -168,7 +184,7 @@ def _from_weights(info: ModelInfo, dtype: torch.dtype) -> tuple[PreTrainedModel,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # the readers of weight files raise errors of their own libraries
         raise ModelError(f'the weights of "{info.location}" cannot be loaded: {_first_line(error)}') from None
     resized = [entry[0] if isinstance(entry, (tuple, list)) else entry for entry in found["mismatched_keys"]]
     body = _body_names(model)
@@ -248,8 +264,8 @@ def _pad_token(info: ModelInfo, model: PreTrainedModel) -> int | None:
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
         yield
 
 

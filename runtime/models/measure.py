@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import torch
 from gkd_dsl.runtime.models.load import _quiet, build
-from gkd_dsl.runtime.models.tapper import Tapper
+from gkd_dsl.runtime.models.tapper import Tapper, configs_of
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from gkd_dsl.models.info import ModelInfo
 from gkd_dsl.models.taps import TapPath
 from gkd_dsl.types import BATCH, LENGTH, Dim
 
 _SIZES = ((2, 7), (3, 11))
+# a mask is made by looking at values, which meta tensors do not have; a name without a mask function gets none
+_UNMASKED = "gkd_unmasked"
+AttentionInterface.register(_UNMASKED, sdpa_attention_forward)
 
 
 def module_dims(info: ModelInfo, path: TapPath) -> tuple[Dim, ...]:
@@ -22,10 +27,13 @@ def module_dims(info: ModelInfo, path: TapPath) -> tuple[Dim, ...]:
         model = build(info).eval()
         if model.config.pad_token_id is None:
             model.config.pad_token_id = 0
+        for config in configs_of(model):
+            config._attn_implementation = _UNMASKED
         tapper = Tapper(model, info)
         shapes = []
         for batch, length in _SIZES:
-            inputs = {"input_ids": torch.zeros((batch, length), dtype=torch.long)}
+            ids = torch.zeros((batch, length), dtype=torch.long)
+            inputs = {"input_ids": ids, "attention_mask": ids}
             with torch.no_grad():
                 shapes.append(tuple(tapper.run(inputs, [path])[path].shape))
     label = f'module("{path.name}").{path.part}' if path.kind == "module" else f'weight("{path.name}")'

@@ -91,7 +91,7 @@ class Tapper:
         self.info = info
         self.base: nn.Module = model.base_model
         self._modules = dict(model.named_modules())
-        self._configs = _configs(model)
+        self._configs = configs_of(model)
         self._base_inputs = set(inspect.signature(self.base.forward).parameters)
         self._model_inputs = set(inspect.signature(model.forward).parameters)
         self._inside = set(self.base.modules())
@@ -208,9 +208,9 @@ class Tapper:
             if inputs.get(name) is not None and name in accepted:
                 arguments[name] = inputs[name]
         # RoBERTa has one token type and GPT-2 none: what another model's tokenizer says means nothing to them
-        if inputs.get("token_type_ids") is not None and "token_type_ids" in accepted:
-            if (getattr(self.model.config, "type_vocab_size", 0) or 0) > 1:
-                arguments["token_type_ids"] = inputs["token_type_ids"]
+        types = getattr(self.model.config, "type_vocab_size", 0) or 0
+        if types > 1 and inputs.get("token_type_ids") is not None and "token_type_ids" in accepted:
+            arguments["token_type_ids"] = inputs["token_type_ids"]
         if "use_cache" in accepted:
             arguments["use_cache"] = False
         return arguments | {"return_dict": True}
@@ -281,7 +281,7 @@ class Tapper:
             stack.callback(setattr, block, "_gradient_checkpointing_func", original)
 
 
-def _configs(model: nn.Module) -> list[Any]:
+def configs_of(model: nn.Module) -> list[Any]:
     """The config objects that the attention modules read, each once."""
     found = {
         id(config): config for module in model.modules() if (config := getattr(module, "config", None)) is not None
