@@ -46,7 +46,8 @@ def diagnose() -> list[Finding]:
         except Exception as error:
             # A broken installation is what the doctor is for: say which look failed and go on.
             name = look.__name__.strip("_").replace("_", " ")
-            found.append(Finding(name, False, f"it could not be looked at: {type(error).__name__}: {error}"))
+            detail = f"it could not be looked at: {type(error).__name__}: {error}"
+            found.append(Finding(name, False, detail, "repair what it names, then look again"))
     return found
 
 

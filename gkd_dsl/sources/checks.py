@@ -114,6 +114,9 @@ def check_source(kind: str | SourceKind, args: Mapping[str, AttrValue], root: Pa
     if problems:
         return problems
     problems = list(_disagreements(bound))
+    if shape.name not in SOURCES and isinstance(bound["held_out"], str):
+        message = "a source of your own holds out a share of its rows, not a file"
+        problems.append(SourceProblem("held_out", message, hint="such as `held_out = 10%`"))
     if shape.name in SOURCES and not problems:
         problems += _check_files(shape, bound, root)
         held_out = bound.get("held_out")

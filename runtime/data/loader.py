@@ -147,6 +147,8 @@ def make_loader(
         args, problems = bind_source(kind, (), dict(source.args))
         if problems:
             raise DataError(problems[0].message, arg=problems[0].arg, hint=problems[0].hint)
+        if function is not None and isinstance(args["held_out"], str):
+            raise DataError("a source of your own holds out a share of its rows, not a file", arg="held_out")
         made = task_of(args, task)
         recipe = recipe_for(tokenizer, args, made, stage.max_length)
         workers = args.get("workers")
@@ -159,8 +161,6 @@ def make_loader(
         apart = args.get("held_out")
         if isinstance(apart, str):
             other = {**args, ("split" if kind.name == "hf_dataset" else "path"): apart, "limit": None}
-            if function is not None:
-                raise DataError("a source of your own holds out a share of its rows, not a file", arg="held_out")
             held_table = read_table(kind, None, other, root)
             held_chosen = choose(held_table, other, mapping, classes)
             held = encode(held_chosen, _digest(held_table, other), tokenizer, recipe, workers)

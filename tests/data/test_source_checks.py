@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from gkd_dsl.sources import ReadError, check_source, label_count, rows_of
+from gkd_dsl.sources import ReadError, check_source, label_count, rows_of, source_kind
+from gkd_dsl.syntax import parse_signature
 
 
 def only(problems):
@@ -260,3 +261,12 @@ def test_checks_import_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_source_of_a_user_is_checked_by_its_arguments(tmp_path):
+    kind = source_kind(parse_signature("mine(limit: int = 4) -> rows", "mine"))
+    assert check_source(kind, {"label": "y"}, tmp_path) == []
+    assert only(check_source(kind, {"held_out": "dev.csv"}, tmp_path)).arg == "held_out"
+    assert only(check_source(kind, {"limt": 3}, tmp_path)).near == ("limit",)
+    assert label_count(kind, {"label": "y", "labels": ("a", "b")}, tmp_path) == 2
+    assert label_count(kind, {"label": "y"}, tmp_path) is None

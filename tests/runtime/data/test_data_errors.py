@@ -130,7 +130,7 @@ def test_sources_in_python_that_fail(tokenizer, tmp_path):
         assert error(tokenizer, tmp_path, name).message == message
     assert "must be imported first" in str(error(tokenizer, tmp_path, "nowhere"))
     found = error(tokenizer, tmp_path, "gives_none", held_out="dev.csv")
-    assert found.message == "`gives_none` gave no rows"
+    assert found.message == "a source of your own holds out a share of its rows, not a file"
 
 
 def test_data_sets_that_are_not_there(tokenizer, tmp_path, monkeypatch):
