@@ -108,7 +108,7 @@ class MeanLoss:
         """Values per position."""
         dims = self.dims if self.dims is not None else default_dims(x.ndim)
         total, count = reduce_loss(x, dims, valid, causal=self.causal)
-        self.total += float(total)
+        self.total += total.item()
         self.count += int(count)
 
     def compute(self) -> float:
