@@ -69,7 +69,7 @@ class Comparison:
 
     def table(self) -> Table:
         """The comparison for a person."""
-        table = Table(title=None, caption=self._caption(), caption_justify="left", show_edge=False)
+        table = Table(title=None, caption=self._caption(), caption_justify="left", show_edge=False, min_width=80)
         table.add_column("")
         for each in self.models:
             table.add_column(each.name, justify="right")

@@ -7,7 +7,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ import torch
 from gkd_dsl.runtime.model_card import model_card
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 _OURS = "gkd_export.json"
 
@@ -60,8 +62,8 @@ def export(
     except OSError as error:
         raise _in_words(error, target) from error
     try:
-        work.chmod(0o755)
-        model.save_pretrained(work, safe_serialization=True)
+        with _no_progress_bars():
+            model.save_pretrained(work)
         if tokenizer is not None:
             tokenizer.save_pretrained(work)
         _clean_config(work / "config.json", label_names)
@@ -72,7 +74,7 @@ def export(
         (work / "README.md").write_text(text, encoding="utf-8")
         (work / "spec.gkd").write_text(spec_text, encoding="utf-8")
         _write_json(work / _OURS, {"version": 1, "card": _plain(card)})
-        _sync(work)
+        _settle(work)
         _swap(work, target)
     except OSError as error:
         raise _in_words(error, target) from error
@@ -166,9 +168,24 @@ def _plain(value: object) -> object:
     return value if isinstance(value, str | int | float | bool) or value is None else str(value)
 
 
-def _sync(folder: Path) -> None:
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _settle(folder: Path) -> None:
+    """Everything on the disk, and readable by whom a newly made file is: weights and `mkdtemp` are stricter."""
+    mode = (folder / "README.md").stat().st_mode & 0o777
+    folder.chmod(mode | (mode & 0o444) >> 2)
     for path in folder.rglob("*"):
         if path.is_file():
+            path.chmod(mode)
             handle = os.open(path, os.O_RDONLY)
             try:
                 os.fsync(handle)

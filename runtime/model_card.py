@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
@@ -64,7 +65,11 @@ def _metrics(metrics: object) -> list[str]:
 
 def _usage(architecture: str, pooling: str | None) -> list[str]:
     if pooling:
-        return ["from sentence_transformers import SentenceTransformer", "", 'model = SentenceTransformer("FOLDER")']
+        return [
+            "from sentence_transformers import SentenceTransformer",
+            "",
+            'model = SentenceTransformer("path/to/this/folder")',
+        ]
     auto = "AutoModel"
     for ending, name in (
         ("ForSequenceClassification", "AutoModelForSequenceClassification"),
@@ -77,8 +82,8 @@ def _usage(architecture: str, pooling: str | None) -> list[str]:
     return [
         f"from transformers import AutoTokenizer, {auto}",
         "",
-        'tokenizer = AutoTokenizer.from_pretrained("FOLDER")',
-        f'model = {auto}.from_pretrained("FOLDER")',
+        'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")',
+        f'model = {auto}.from_pretrained("path/to/this/folder")',
     ]
 
 
@@ -87,7 +92,7 @@ def _pipeline(architecture: str) -> str | None:
 
 
 def _is_hub_id(place: str) -> bool:
-    return bool(place) and place[0] not in "./~" and place.count("/") <= 1 and ":" not in place and "\\" not in place
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", place) is not None
 
 
 def _listed(value: object) -> list[str]:

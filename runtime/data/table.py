@@ -14,6 +14,7 @@ from gkd_dsl.runtime.data.errors import DataError
 from gkd_dsl.runtime.data.quiet import cache_folder
 
 from gkd_dsl import extension
+from gkd_dsl.diagnostics.model import SpecError
 from gkd_dsl.graph.nodes import AttrValue, SourceSpec
 from gkd_dsl.sources import SOURCES, ReadError, SourceKind, files_of, rows_of, source_kind, used_columns
 from gkd_dsl.syntax import ast
@@ -49,7 +50,11 @@ def _signature(function: extension.Registered) -> ast.Signature:
     # The parser is built on import; only sources written in Python need it here.
     from gkd_dsl.syntax import parse_signature
 
-    return parse_signature(function.extension.signature, function.file)
+    try:
+        return parse_signature(function.extension.signature, function.file)
+    except SpecError as error:
+        text = function.extension.signature
+        raise DataError(f"the signature `{text}` cannot be read: {error}") from error
 
 
 def read_table(

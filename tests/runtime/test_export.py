@@ -56,8 +56,9 @@ def outputs(model, tokenizer):
         return model(**batch)[0]
 
 
-def test_reloading_gives_the_same_outputs(model, tokenizer, tmp_path):
+def test_reloading_gives_the_same_outputs(model, tokenizer, tmp_path, capfd):
     folder = export(model, tokenizer, tmp_path / "out" / "student", spec_text=SPEC, card=CARD)
+    assert capfd.readouterr() == ("", "")
     again = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     assert type(again) is BertForSequenceClassification
     expected = outputs(model, tokenizer)
@@ -65,6 +66,10 @@ def test_reloading_gives_the_same_outputs(model, tokenizer, tmp_path):
     assert (folder / "spec.gkd").read_text() == SPEC
     assert list((tmp_path / "out").iterdir()) == [folder]
     assert weight_bytes(folder) == (folder / "model.safetensors").stat().st_size
+    (tmp_path / "plain").write_text("")
+    (tmp_path / "folder").mkdir()
+    assert {path.stat().st_mode for path in folder.iterdir()} == {(tmp_path / "plain").stat().st_mode}
+    assert folder.stat().st_mode == (tmp_path / "folder").stat().st_mode
 
 
 def test_tied_weights(tokenizer, tmp_path):

@@ -129,6 +129,9 @@ def test_sources_in_python_that_fail(tokenizer, tmp_path):
     for name, (_, _, message) in bodies.items():
         assert error(tokenizer, tmp_path, name).message == message
     assert "must be imported first" in str(error(tokenizer, tmp_path, "nowhere"))
+    (tmp_path / "odd.py").write_text("import gkd_dsl\n@gkd_dsl.source('odd(( -> text')\ndef odd(): return []\n")
+    extension.load("./odd.py", tmp_path)
+    assert "the signature `odd(( -> text` cannot be read" in error(tokenizer, tmp_path, "odd").message
     found = error(tokenizer, tmp_path, "gives_none", held_out="dev.csv")
     assert found.message == "a source of your own holds out a share of its rows, not a file"
 
