@@ -117,9 +117,9 @@ def _canonical(stamp: tuple[str, int, int]) -> tuple[str, int]:
     model = dict(parsed["model"])
     vocab = model.pop("vocab")
     merges = [m if isinstance(m, str) else " ".join(m) for m in model.pop("merges", None) or ()]
-    pairs = list(vocab.items()) if isinstance(vocab, Mapping) else [(token, i) for i, (token, _) in enumerate(vocab)]
     if not isinstance(vocab, Mapping):
         model["scores"] = [score for _, score in vocab]
+        vocab = {token: i for i, (token, _) in enumerate(vocab)}
     for key, usual in (("dropout", None), ("fuse_unk", False), ("byte_fallback", False), ("ignore_merges", False),
                        ("continuing_subword_prefix", ""), ("end_of_word_suffix", ""), ("unk_token", None)):  # fmt: skip
         if model.get(key) in (usual, None):
@@ -134,7 +134,7 @@ def _canonical(stamp: tuple[str, int, int]) -> tuple[str, int]:
         )
         for token in parsed.get("added_tokens") or ()
     )
-    count = len({token for token, _ in pairs} | {token[1] for token in added})
+    count = len(vocab) + sum(token[1] not in vocab for token in added)
     rest = {
         "model": model,
         "added": added,
@@ -142,15 +142,19 @@ def _canonical(stamp: tuple[str, int, int]) -> tuple[str, int]:
         "pre_tokenizer": parsed.get("pre_tokenizer"),
         "around": _around(parsed.get("post_processor")),
     }
-    return _digest("ids", pairs, merges, rest), count
+    return _digest("ids", vocab, merges, rest), count
 
 
-def _digest(kind: str, pairs: list[tuple[str, int]], merges: list[str], rest: object) -> str:
+def _digest(kind: str, vocab: Mapping[str, int], merges: list[str], rest: object) -> str:
+    ids = list(vocab.values())
+    tokens = list(vocab)
+    if ids != list(range(len(ids))):
+        pairs = sorted(vocab.items(), key=lambda pair: pair[1])
+        tokens, ids = [token for token, _ in pairs], [index for _, index in pairs]
+    gaps = "" if ids == list(range(len(ids))) else json.dumps(ids)
     state = hashlib.sha256()
-    pairs.sort(key=lambda pair: pair[1])
-    state.update("\n".join(f"{token}\t{index}" for token, index in pairs).encode("utf-8", "surrogatepass"))
-    state.update(b"\0" + "\n".join(merges).encode("utf-8", "surrogatepass"))
-    state.update(b"\0" + json.dumps(rest, sort_keys=True).encode())
+    for part in ("\0".join(tokens), gaps, "\0".join(merges), json.dumps(rest, sort_keys=True)):
+        state.update(part.encode("utf-8", "surrogatepass") + b"\0\0")
     return f"{kind}:{state.hexdigest()}"
 
 
@@ -201,7 +205,7 @@ def _from_vocab_txt(path: Path, config: Mapping[str, Any]) -> tuple[str, int]:
     specials = [config.get(f"{name.strip('[]').lower()}_token", name) for name in _BERT_SPECIALS]
     if not plain or config.get("added_tokens_decoder") or not all(isinstance(s, str) and s in index for s in specials):
         rest = {key: value for key, value in config.items() if key != "name_or_path"}
-        return _digest("vocab.txt", list(index.items()), [], rest), len(index)
+        return _digest("vocab.txt", index, [], rest), len(index)
     lower = bool(config.get("do_lower_case", True))
     accents = config.get("strip_accents")
     rest = {
@@ -224,7 +228,7 @@ def _from_vocab_txt(path: Path, config: Mapping[str, Any]) -> tuple[str, int]:
         "pre_tokenizer": {"type": "BertPreTokenizer"},
         "around": [index[cls], "A", index[sep]],
     }
-    return _digest("ids", list(index.items()), [], rest), len(index)
+    return _digest("ids", index, [], rest), len(index)
 
 
 def _from_bpe_files(vocab: Path, merges: Path, config: Mapping[str, Any]) -> tuple[str, int]:
@@ -237,4 +241,4 @@ def _from_bpe_files(vocab: Path, merges: Path, config: Mapping[str, Any]) -> tup
     rest = {name: config[name] for name in names if name in config}
     if isinstance(rest.get("tokenizer_class"), str):
         rest["tokenizer_class"] = rest["tokenizer_class"].removesuffix("Fast")
-    return _digest("bpe-files", list(pairs.items()), kept, rest), len(pairs)
+    return _digest("bpe-files", pairs, kept, rest), len(pairs)
