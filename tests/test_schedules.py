@@ -1,6 +1,10 @@
+import itertools
 import math
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from gkd_dsl import aligners
 from gkd_dsl.schedules import (
     Arithmetic,
@@ -15,8 +19,6 @@ from gkd_dsl.schedules import (
     combine,
     is_zero,
 )
-from hypothesis import given
-from hypothesis import strategies as st
 
 numbers = st.floats(-1e6, 1e6, allow_nan=False)
 totals = st.integers(2, 5000)
@@ -41,7 +43,7 @@ def test_a_ramp_starts_at_its_start_stays_within_its_ends_and_never_turns(schedu
     low, high = bounds(schedule)
     assert all(low <= value <= high for value in values)
     rising = schedule.end >= schedule.start
-    assert all((b >= a) if rising else (b <= a) for a, b in zip(values, values[1:], strict=False))
+    assert all((b >= a) if rising else (b <= a) for a, b in itertools.pairwise(values))
 
 
 @given(numbers, numbers, totals, st.sampled_from([Ramp, Cosine]))
@@ -126,9 +128,7 @@ def test_division_by_what_may_be_zero_has_no_bounds_and_gives_nan():
 def test_of_the_pairs_that_may_come_those_of_the_drawn_map_count(step, seed, every):
     at = clock(step, 1000, 20.0)
     counted = [
-        pair
-        for pair in aligners.possible_pairs(4, 9)
-        if InDrawnMap(*pair, 4, 9, None, seed, every).value(at) == 1.0
+        pair for pair in aligners.possible_pairs(4, 9) if InDrawnMap(*pair, 4, 9, None, seed, every).value(at) == 1.0
     ]
     assert counted == aligners.random_sorted(4, 9, seed=seed, epoch=math.floor(step / 20.0 / every))
 

@@ -93,6 +93,14 @@ OPS: tuple[OpSpec, ...] = (
         masked=True,
     ),
     OpSpec(
+        "cls",
+        "tensor",
+        ("cls(x: Float[B, L, H]) -> Float[B, H]",),
+        "The first valid token of each text: the `[CLS]` of an encoder, at any padding side.",
+        "x_l, l the first token with valid_l",
+        masked=True,
+    ),
+    OpSpec(
         "stack",
         "tensor",
         ("stack(xs: Floats[...]) -> Float[..., n] where n == count(xs)",),

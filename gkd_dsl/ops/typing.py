@@ -516,7 +516,7 @@ class _Call:
             dtype, shapes = allowed[name]
             if not shapes:
                 message = f"`{self.spec.name}` gives no value per token here, so it takes no `{name}`"
-                raise self.fail(6, "wrong_type", message, arg=name, slots=(name,))
+                raise self.fail(9, "wrong_type", message, arg=name, slots=(name,))
             names = tuple(dim.name for dim in given.dims)
             if (
                 not isinstance(given, TensorType)
@@ -525,7 +525,7 @@ class _Call:
             ):
                 wanted = _or([str(TensorType(dtype, shape)) for shape in shapes])  # type: ignore[arg-type]
                 message = f"`{name}` of `{self.spec.name}` must be {wanted}; it is {given}"
-                raise self.fail(6, "wrong_type", message, arg=name, slots=(name,), dims=given.dims)
+                raise self.fail(9, "wrong_type", message, arg=name, slots=(name,), dims=given.dims)
 
 
 def _is_schedule(value: object) -> bool:

@@ -60,6 +60,15 @@ def pool(x: Tensor, *, valid: Tensor | None = None) -> Tensor:
     return zero_where_not(mask, x).sum(1) / mask.sum(1).clamp_min(1)
 
 
+@function("cls")
+def cls(x: Tensor, *, valid: Tensor | None = None) -> Tensor:
+    """The first valid token: [B, L, H] -> [B, H]; token 0 of a text without any."""
+    if valid is None:
+        return x[:, 0]
+    rows = valid.bool() if valid.ndim == 2 else valid.bool()[:, None].expand(x.shape[:2])
+    return x[torch.arange(len(x), device=x.device), rows.int().argmax(1)]
+
+
 def _ordered(xs: dict[str, Tensor]) -> list[Tensor]:
     return [xs[slot] for slot in sorted(xs, key=int)]
 
@@ -114,7 +123,8 @@ def per_sample(
     """The mean of a loss over the positions that count in each sample: [B, ...] -> [B]; 0 where none does."""
     x = full(x)
     mask = mask_for(x.shape, dims, valid, causal, x.device)
+    samples = (x.shape[0], -1)
     if mask is None:
-        return x.flatten(1).mean(1) if x.ndim > 1 else x
+        return x.reshape(samples).mean(1)
     mask = mask.expand(x.shape)
-    return zero_where_not(mask, x).flatten(1).sum(1) / mask.flatten(1).sum(1).clamp_min(1)
+    return zero_where_not(mask, x).reshape(samples).sum(1) / mask.reshape(samples).sum(1).clamp_min(1)

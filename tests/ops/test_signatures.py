@@ -1,4 +1,5 @@
 import pytest
+
 from gkd_dsl.ops import registry
 from gkd_dsl.ops.signature import compile_signature
 from gkd_dsl.ops.spec import OpSpec
@@ -83,7 +84,7 @@ def test_a_users_operator_is_added_once():
     ],
 )
 def test_a_malformed_signature_is_refused_when_it_is_registered(signature, words):
-    with pytest.raises(ValueError, match=".") as error:
+    with pytest.raises(ValueError, match=r".") as error:
         registry.register(OpSpec("f", "loss", (signature,), "A test."))
     assert words in str(error.value)
     assert registry.lookup("f") is None

@@ -61,7 +61,13 @@ def test_values_are_those_of_a_numpy_loop(name, shape, T, t2):
 
 def test_t2_is_the_default_of_kl_and_not_of_jsd_or_tvd():
     s, t = logits(2, 5), logits(2, 5, seed=1)
-    for name, default in {"kl": True, "reverse_kl": True, "soft_cross_entropy": True, "jsd": False, "tvd": False}.items():
+    for name, default in {
+        "kl": True,
+        "reverse_kl": True,
+        "soft_cross_entropy": True,
+        "jsd": False,
+        "tvd": False,
+    }.items():
         torch.testing.assert_close(PAIRS[name](s, t, temperature=3.0), PAIRS[name](s, t, temperature=3.0, t2=default))
 
 
@@ -90,7 +96,9 @@ def test_soft_cross_entropy_is_kl_and_the_entropy_of_the_teacher():
     torch.testing.assert_close(difference, Categorical(logits=t / T).entropy())
     one_hot = torch.full((4, 6), -math.inf, dtype=torch.float64)
     one_hot[torch.arange(4), torch.tensor([0, 5, 2, 2])] = 0.0
-    torch.testing.assert_close(ops.soft_cross_entropy(s, one_hot), F.cross_entropy(s, torch.tensor([0, 5, 2, 2]), reduction="none"))
+    torch.testing.assert_close(
+        ops.soft_cross_entropy(s, one_hot), F.cross_entropy(s, torch.tensor([0, 5, 2, 2]), reduction="none")
+    )
 
 
 def test_the_gradient_of_kl_is_t_times_the_difference():
@@ -214,7 +222,9 @@ def test_attention_kl_is_a_loop_over_cropped_rows(seed, causal, T):
     if seed % 2:
         valid = valid.flip(1)
     found = ops.attention_kl(s, t, valid=valid, temperature=T, causal=causal)
-    np.testing.assert_allclose(found.numpy(), attention_loop(s.numpy(), t.numpy(), valid.numpy(), T, causal), atol=1e-10)
+    np.testing.assert_allclose(
+        found.numpy(), attention_loop(s.numpy(), t.numpy(), valid.numpy(), T, causal), atol=1e-10
+    )
 
 
 def test_attention_kl_masks_what_the_model_masked_and_sends_no_gradient_there():
