@@ -185,7 +185,7 @@ def _from_datasets(args: Mapping[str, AttrValue], root: Path) -> Table:
     except DataError:
         raise
     except Exception as error:
-        raise DataError(_first_sentence(error), arg="path", hint=_dataset_hint(error)) from error
+        raise _not_loaded(path, error) from error
     roles = used_columns(args)
     for role, column in roles.items():
         if column not in loaded.column_names:
@@ -199,18 +199,17 @@ def _from_datasets(args: Mapping[str, AttrValue], root: Path) -> Table:
     return Table(kept, digest)
 
 
-def _first_sentence(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else f"{text[:300]} ..."
-
-
-def _dataset_hint(error: Exception) -> str | None:
-    name = type(error).__name__
-    if "Connection" in name or "Offline" in name or "Offline" in str(error):
-        return "the hub cannot be reached: download the data set first, or give a folder"
-    if name in ("DatasetNotFoundError", "HfHubHTTPError"):
-        return "check its name on the hub, and that you are logged in if it is private"
-    return None
+def _not_loaded(path: str, error: Exception) -> DataError:
+    """What `datasets` says, with what to do about it."""
+    name, text = type(error).__name__, " ".join(str(error).split())
+    if isinstance(error, ConnectionError) or "Connection" in name or "Offline" in name or "Offline" in text:
+        message = f"`{path}` is no folder here, and the hub cannot be reached"
+        return DataError(message, arg="path", hint="download the data set first, or give a folder")
+    if name in ("DatasetNotFoundError", "RepositoryNotFoundError"):
+        message = f"there is no data set `{path}` on the hub that you may read"
+        return DataError(message, arg="path", hint="check its name; for a private one, log in by `hf auth login`")
+    text = text if len(text) <= 300 else f"{text[:300]} ..."
+    return DataError(f"`{path}` cannot be loaded: {text or name}", arg="path")
 
 
 def label_text(value: object) -> str | None:

@@ -1,7 +1,9 @@
 """Everything that can be wrong with data is told in words."""
 
+import datasets
 import pytest
 from gkd_dsl.runtime.data import DataError
+from gkd_dsl.runtime.data.quiet import quiet
 from loader_help import labelled_file, loader_for, word_tokenizer
 
 from gkd_dsl import extension
@@ -136,12 +138,35 @@ def test_sources_in_python_that_fail(tokenizer, tmp_path):
     assert found.message == "a source of your own holds out a share of its rows, not a file"
 
 
-def test_data_sets_that_are_not_there(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+@pytest.mark.parametrize(
+    ("raised", "message"),
+    [
+        (ConnectionError("Couldn't reach 'acme/texts' on the Hub"), "is no folder here, and the hub cannot be reached"),
+        (datasets.exceptions.DatasetNotFoundError("gone"), "there is no data set `acme/texts` on the hub"),
+        (ValueError("BuilderConfig 'x' not found"), "`acme/texts` cannot be loaded: BuilderConfig 'x' not found"),
+    ],
+)
+def test_data_sets_that_are_not_there(tokenizer, tmp_path, monkeypatch, raised, message):
+    def fail(*args, **rest):
+        raise raised
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    assert message in error(tokenizer, tmp_path, "hf_dataset", path="acme/texts").message
+
+
+def test_saved_data_sets(tokenizer, tmp_path):
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "state.json").write_text("{")
-    found = error(tokenizer, tmp_path, "hf_dataset", path="broken")
-    assert found.arg == "path"
+    assert "`broken` cannot be loaded" in error(tokenizer, tmp_path, "hf_dataset", path="broken").message
+    rows = datasets.Dataset.from_dict({"words": ["w1"] * 8, "n": [1] * 8})
+    with quiet():
+        datasets.DatasetDict({"train": rows}).save_to_disk(str(tmp_path / "saved"))
+    found = error(tokenizer, tmp_path, "hf_dataset", path="saved", text="words", split="test")
+    assert (found.message, found.hint) == ("`saved` has no split `test`", "its splits are train")
+    found = error(tokenizer, tmp_path, "hf_dataset", path="saved")
+    assert (found.arg, found.hint) == ("text", "its columns are words, n")
+    found = error(tokenizer, tmp_path, "hf_dataset", path="saved", text="n")
+    assert found.message == "the column for `text` holds int values, not texts"
 
 
 def test_arguments_are_checked_again(tokenizer, tmp_path):
