@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import typer
 
-from gkd_dsl.cli.options import FAULT, Json, Offline, Sets, Spec, Trust, checked, render_json, show
+from gkd_dsl.cli.options import FAULT, Json, Online, Sets, Spec, Trust, checked, render_json, show
 
 
-def check(spec: Spec, set_: Sets = None, json: Json = False, offline: Offline = False, trust: Trust = False) -> None:
+def check(spec: Spec, set_: Sets = None, json: Json = False, online: Online = False, trust: Trust = False) -> None:
     """Check a spec: names, shapes, units, vocabulary. Loads no weights."""
-    result = checked(spec, set_, offline=offline, trust=trust)
+    result = checked(spec, set_, online=online, trust=trust)
     for diagnostic in result.later:
         result.diagnostics.add(diagnostic)
     if json:

@@ -20,8 +20,8 @@ Sets = Annotated[
     list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="set a declared parameter (may be repeated)")
 ]
 Json = Annotated[bool, typer.Option("--json", help="print JSON, for programs")]
-Offline = Annotated[
-    bool, typer.Option("--offline", help="never ask the model hub; use its cache and local folders only")
+Online = Annotated[
+    bool, typer.Option("--online", help="fetch configs that are not in the local cache from the model hub")
 ]
 Trust = Annotated[bool, typer.Option("--trust", help="run the Python files that the spec imports while checking")]
 
@@ -53,11 +53,11 @@ def colored() -> bool:
 
 
 def checked(
-    spec: str, sets: list[str] | None = None, *, offline: bool = False, trust: bool = False
+    spec: str, sets: list[str] | None = None, *, online: bool = False, trust: bool = False
 ) -> Checked:
     """Check a file; one that cannot be read ends the command."""
     try:
-        return check_path(spec, params=overrides(sets), offline=offline or None, trust=trust)
+        return check_path(spec, params=overrides(sets), offline=not online, trust=trust)
     except FileNotFoundError:
         fail(_missing(spec))
     except IsADirectoryError:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from gkd_dsl.cli.options import Json, Offline, Sets, Spec, checked, fail, show
+from gkd_dsl.cli.options import Json, Online, Sets, Spec, checked, fail, show
 
 
 def taps(
@@ -15,13 +15,13 @@ def taps(
     model: Annotated[str, typer.Argument(help="the name of a model in the spec")],
     set_: Sets = None,
     json: Json = False,
-    offline: Offline = False,
+    online: Online = False,
 ) -> None:
     """List every tap of a model: its path, shape and place."""
     from gkd_dsl.diagnostics.suggest import did_you_mean
     from gkd_dsl.models.resolve import list_taps
 
-    result = checked(spec, set_, offline=offline)
+    result = checked(spec, set_, online=online)
     found = result.models.get(model)
     if found is None:
         show(result.diagnostics)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from gkd_dsl.meaning import builtins, declare, operators, paths
 from gkd_dsl.meaning.context import Context, replace, suggest
 from gkd_dsl.meaning.scope import Scope
@@ -40,12 +38,6 @@ def is_function(name: str) -> bool:
     return name in builtins.BUILTINS or name in LATER or name in DECLARED or registry.lookup(name) is not None
 
 
-@dataclass(frozen=True)
-class Callee:
-    name: str
-    spec: registry.OpSpec
-
-
 def call(ctx: Context, scope: Scope, expr: ast.Call) -> Value:
     """The value of a call."""
     func = expr.func
@@ -71,11 +63,11 @@ def call(ctx: Context, scope: Scope, expr: ast.Call) -> Value:
             return ctx.error(scope, "E0229", f"`{name}` is a method: write `use {expr.span.text} as ...`", func.span)
         if not is_function(name):
             return ctx.error(scope, "E0228", f"`{name}` is {kind(value)}, and is not called", func.span)
+    if name in builtins.BUILTINS:
+        return builtins.call(ctx, scope, name, expr)
     spec = registry.lookup(name)
     if spec is not None:
         return operators.call(ctx, scope, spec, expr)
-    if name in builtins.BUILTINS:
-        return builtins.call(ctx, scope, name, expr)
     if name in LATER:
         for arg in expr.args:
             ctx.evaluate(scope, arg.value)

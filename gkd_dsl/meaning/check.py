@@ -53,10 +53,13 @@ def check_path(
     path: str | Path,
     *,
     params: Mapping[str, str] | None = None,
-    offline: bool | None = None,
+    offline: bool = True,
     trust: bool = False,
 ) -> Checked:
     """Check a file. `params` are texts as on the command line (`{"T": "2.0"}`).
+
+    Hub ids are looked up in the local cache; with `offline=False` a config that is not there is fetched.
+    `trust` also runs the Python files that the spec imports.
 
     Raises OSError or UnicodeDecodeError where the file itself cannot be read.
     """
@@ -73,7 +76,7 @@ def check_text(
     *,
     path: Path | None = None,
     params: Mapping[str, str] | None = None,
-    offline: bool | None = None,
+    offline: bool = True,
     trust: bool = False,
     root: Path | None = None,
 ) -> Checked:

@@ -34,7 +34,7 @@ class Context:
 
     root: Path
     overrides: Mapping[str, str] = field(default_factory=dict)
-    offline: bool | None = None
+    offline: bool = True
     trust: bool = False
     diagnostics: Diagnostics = field(default_factory=Diagnostics)
     later: Diagnostics = field(default_factory=Diagnostics)
@@ -49,6 +49,7 @@ class Context:
     loading: list[tuple[Path, Span | None]] = field(default_factory=list)
     instances: dict[str, Instance] = field(default_factory=dict)
     detaching: bool = False
+    model_unknown: bool = False
     methods_only: bool = False
     pending: set[str] = field(default_factory=set)
     root_scope: Scope = field(default_factory=lambda: Scope(Source("", "")))

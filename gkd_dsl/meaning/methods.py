@@ -79,6 +79,7 @@ def instantiate(ctx: Context, inner: Scope, method: ast.MethodDecl, name: str, s
         if isinstance(stmt, ast.Total):
             value = as_loss(ctx, inner, ctx.evaluate(inner, stmt.value), stmt.value)
             total = value if isinstance(value, Loss) else Loss((), partial=True)
+            inner.names["total"] = Definition("total", None, stmt.span, total, used=True)
         elif isinstance(stmt, ast.Stage):
             stages.append(stmt)
         elif not imports._names(stmt):

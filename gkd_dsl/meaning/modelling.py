@@ -24,6 +24,7 @@ def declare(ctx: Context, scope: Scope, decl: ast.ModelDecl) -> Value:
     info = _info(ctx, scope, decl.value)
     settings = _block(ctx, scope, decl)
     if info is None:
+        ctx.model_unknown = True
         return UNKNOWN
     name = f"{scope.prefix}{decl.name.text}"
     node = ModelNode(f"model/{name}", name, decl.role, info, settings, locations=(ctx.location(scope, decl.name.span),))
@@ -121,7 +122,7 @@ def _made(
         )  # fmt: skip
         return None
     common: dict = {"task": task, "num_labels": labels}
-    offline = offline_by_environment() if ctx.offline is None else ctx.offline
+    offline = ctx.offline or offline_by_environment()
     place = {"offline": offline, "root": scope.root}
     at = spans[""].span
     if name == "truncated":

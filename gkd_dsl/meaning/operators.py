@@ -533,6 +533,8 @@ def batch_column(ctx: Context, scope: Scope, expr: ast.Attr) -> Value:
     columns = ctx.batch_columns()
     if name not in columns:
         label, near = suggest(name, columns)
+        if name == "labels" and ctx.model_unknown:
+            return UNKNOWN
         if name == "labels":
             return ctx.error(
                 scope,

@@ -13,11 +13,11 @@ _F = TypeVar("_F", bound=Callable[..., Tensor])
 _FUNCTIONS: dict[str, Operator] = {}
 
 
-def function(name: str) -> Callable[[_F], _F]:
-    """Make a function the operator of this name. Raises ValueError when the name is taken."""
+def function(name: str, *, replace: bool = False) -> Callable[[_F], _F]:
+    """Make a function the operator of this name. Raises ValueError when the name is taken, unless `replace`."""
 
     def add(implementation: _F) -> _F:
-        if name in _FUNCTIONS:
+        if name in _FUNCTIONS and not replace:
             raise ValueError(f"there is a function for `{name}` already")
         _FUNCTIONS[name] = implementation
         return implementation
