@@ -106,8 +106,8 @@ def load_with_report(
             model, report = _truncated(info, models or {})
     if info.task == "classification" and model.config.pad_token_id is None:
         model.config.pad_token_id = _pad_token(info, model)
-    model = model.to(device=device, dtype=dtype or torch.float32)  # type: ignore[arg-type]
-    return model.eval(), report
+    _cast(model, dtype or torch.float32)
+    return model.to(device).eval(), report  # type: ignore[arg-type]
 
 
 def build(info: ModelInfo) -> PreTrainedModel:
@@ -260,6 +260,13 @@ def _pad_token(info: ModelInfo, model: PreTrainedModel) -> int | None:
         return load_tokenizer(info).pad_token_id
     end = model.config.eos_token_id
     return end[0] if isinstance(end, list) else end
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Parameters in `dtype`; buffers stay, since rotary frequencies in bf16 lose distant positions."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
 
 
 @contextmanager

@@ -109,7 +109,8 @@ class Tapper:
 
             def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 if state.depth == 0:
-                    capture._mask = kwargs.get("attention_mask")
+                    given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+                    capture._mask = given.get("attention_mask")
                 state.begin()
 
             def end(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:

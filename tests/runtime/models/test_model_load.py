@@ -90,6 +90,15 @@ def test_dtype(folder, tmp_path):
     assert load(describe(str(tmp_path)), dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
+def test_rotary_frequencies_stay_in_float32(folder, tmp_path):
+    tiny = build(folder, "llama")
+    tiny.model.save_pretrained(tmp_path)
+    for info in (tiny.info, describe(str(tmp_path))):
+        model = load(info, dtype=torch.bfloat16)
+        assert model.embed_tokens.weight.dtype == torch.bfloat16
+        assert torch.equal(model.rotary_emb.inv_freq, tiny.model.rotary_emb.inv_freq)
+
+
 def test_a_folder_without_weights(folder):
     with pytest.raises(ModelError) as error:
         load(describe(str(folder / "bert")))

@@ -53,7 +53,8 @@ def test_the_output_is_as_without_the_taps(make, batch, close, family, side):
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_dropout_in_training_is_that_of_eager(make, batch, close, family):
-    tiny = make(family)
+    decoders = ("llama", "mistral", "qwen2", "qwen3")
+    tiny = make(family, **({"attention_dropout": 0.3} if family in decoders else {}))
     eager = copy.deepcopy(tiny.model)
     eager.set_attn_implementation("eager")
     for model in (tiny.model, eager):
@@ -65,10 +66,9 @@ def test_dropout_in_training_is_that_of_eager(make, batch, close, family):
     torch.manual_seed(5)
     output = eager(**inputs, output_hidden_states=True)
     close(taps[TapPath("hidden", 2)], output.hidden_states[2], inputs["attention_mask"])
-    if family != "mistral":
-        assert (taps[TapPath("hidden", 2)] - tiny.tapper.run(inputs, paths)[TapPath("hidden", 2)]).abs().max() > (
-            1e-3 if family not in ("qwen2", "qwen3") else -1
-        )
+    # it did drop something
+    tiny.model.eval()
+    assert not torch.equal(tiny.tapper.run(inputs, paths[3:])[paths[3]], taps[paths[3]])
 
 
 @pytest.mark.parametrize("family", ["bert", "llama", "mistral"])

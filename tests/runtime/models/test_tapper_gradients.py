@@ -141,6 +141,16 @@ def test_attach_fills_at_each_forward_and_lets_go(make, batch):
     assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in tiny.model.modules()) == 0
 
 
+def test_attach_finds_the_mask_by_position(make, batch):
+    tiny = make("llama")
+    inputs = batch("left")
+    cls = TapPath("cls")
+    with torch.no_grad(), tiny.tapper.attach([cls]) as capture:
+        output = tiny.model(inputs["input_ids"], inputs["attention_mask"])
+    expected = torch.stack([output.last_hidden_state[row, at] for row, at in enumerate((0, 3, 2))])
+    assert torch.equal(capture[cls], expected)
+
+
 def test_reentrant_checkpointing_is_refused(make, batch):
     tiny = make("bert")
     tiny.model.train()
