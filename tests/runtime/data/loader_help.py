@@ -64,7 +64,7 @@ def stage_of(batch_size=4, max_length=None):
 
 
 def loader_for(
-    tokenizer, root, kind, *, task="encoder", batch_size=4, seed=0, columns=(), max_length=None, classes=None, **args
+    tokenizer, root, kind, *, task="encoder", batch_size=4, seed=0, reads=(), max_length=None, classes=None, **args
 ):
     spec = SourceSpec("texts", kind, tuple(sorted(args.items())))
     return make_loader(
@@ -72,7 +72,7 @@ def loader_for(
         spec,
         tokenizer,
         task=task,
-        columns=columns,
+        columns=reads,
         seed=seed,
         root=Path(root),
         classes=classes,

@@ -96,10 +96,10 @@ def test_files_that_changed_since_the_check(tokenizer, tmp_path):
 
 def test_columns_that_the_stage_reads(tokenizer, tmp_path):
     labelled_file(tmp_path)
-    found = error(tokenizer, tmp_path, path="a.csv", columns=("input_ids", "labels"))
+    found = error(tokenizer, tmp_path, path="a.csv", reads=("input_ids", "labels"))
     assert found.message == "the stage reads `batch.labels`, and the source has none"
     assert found.hint == 'add `label = "..."`'
-    found = error(tokenizer, tmp_path, path="a.csv", columns=("weights",))
+    found = error(tokenizer, tmp_path, path="a.csv", reads=("weights",))
     assert found.hint == "it gives attention_mask, input_ids, token_type_ids"
 
 

@@ -178,6 +178,14 @@ def test_threshold_names_and_given_order(tokenizer, tmp_path):
     assert sorted(rows_in(given.epoch(0))) == [((1, 5 + n, 2), 1 - n % 2) for n in range(12)]
 
 
+def test_a_table_without_header(tokenizer, tmp_path):
+    lines = [f'{n}\t{n / 2 - 1}\tw{n} "w1' for n in range(8)]
+    (tmp_path / "a.tsv").write_bytes("\r\n".join(lines).encode())
+    args = {"columns": ("id", "r", "text"), "label": "r", "threshold": 0.0, "quoting": False, "held_out": 0.0}
+    loader = loader_for(tokenizer, tmp_path, "csv", path="a.tsv", shuffle=False, batch_size=7, **args)
+    assert rows_in(loader.epoch(0)) == [((1, 5 + n, 3, 2), int(n > 2)) for n in range(8) if n != 2]
+
+
 def test_regression_keeps_the_number(tokenizer, tmp_path):
     (tmp_path / "a.csv").write_text("text,r\n" + "".join(f"w{n},{n / 4 - 1}\n" for n in range(8)))
     spec = SourceSpec("texts", "csv", (("held_out", 0.0), ("label", "r"), ("path", "a.csv"), ("task", "regression")))
