@@ -19,7 +19,7 @@ from gkd_dsl.graph.nodes import AttrValue
 
 VERSION = "1"
 DEFAULT_LENGTH = 128
-_ROWS_A_PROCESS = 20_000
+_ROWS_A_PROCESS = 50_000
 _ROWS_A_PROCESS_SLOW = 2_000
 
 
