@@ -20,6 +20,8 @@ from gkd_dsl.models.info import ModelInfo
 from gkd_dsl.models.resolve import Hook, canonical, hook, unavailable
 from gkd_dsl.models.taps import TapPath
 
+_Placed = tuple[list[tuple[nn.Module, str, int, list[TapPath]]], dict[nn.Module, dict[str, list[TapPath]]]]
+
 _LOGITS = TapPath("logits")
 _FINAL = TapPath("final")
 
@@ -97,6 +99,7 @@ class Tapper:
         self._inside = set(self.base.modules())
         self._blocks = [module for module in self._modules.values() if isinstance(module, GradientCheckpointingLayer)]
         self._places: dict[TapPath, tuple[nn.Module, Hook]] = {}
+        self._plans: dict[tuple[tuple[TapPath, ...], TapPath | None], _Placed] = {}
 
     @contextmanager
     def attach(self, paths: Sequence[TapPath]) -> Iterator[Capture]:
@@ -231,33 +234,41 @@ class Tapper:
         _, spec = self.place(source)
         return _transformed(value, spec)
 
-    @contextmanager
-    def _attached(self, paths: Sequence[TapPath], stop: TapPath | None) -> Iterator[_State]:
-        state = _State(stop)
+    def _placed(self, paths: tuple[TapPath, ...], stop: TapPath | None) -> _Placed:
+        """Which module gives which taps; found once for each set of taps."""
+        if (paths, stop) in self._plans:
+            return self._plans[paths, stop]
+        needed = dict.fromkeys(canonical(self.info, _FINAL if path.kind == "cls" else path) for path in paths)
+        if stop is not None:
+            needed[stop] = None
         by_place: dict[tuple[nn.Module, str, int], list[TapPath]] = defaultdict(list)
-        needed = list(dict.fromkeys(canonical(self.info, _FINAL if p.kind == "cls" else p) for p in paths))
-        if stop is not None and stop not in needed:
-            needed.append(stop)
         for path in needed:
-            if path.kind == "weight":
-                continue
             if why := unavailable(self.info, path):
                 raise TapError(f"no tap `{path}`: {why}", kind="unavailable", hint=why)
-            if path.kind != "logits":
+            if path.kind not in ("logits", "weight"):
                 module, spec = self.place(path)
                 by_place[module, spec.side, spec.index].append(path)
         scored: dict[nn.Module, dict[str, list[TapPath]]] = defaultdict(dict)
+        for (module, side, _), there in by_place.items():
+            if side in ("scores", "probs"):
+                scored[module][side] = there
+        plan = ([(*place, there) for place, there in by_place.items()], dict(scored))
+        self._plans[paths, stop] = plan
+        return plan
+
+    @contextmanager
+    def _attached(self, paths: Sequence[TapPath], stop: TapPath | None) -> Iterator[_State]:
+        state = _State(stop)
+        by_place, scored = self._placed(tuple(paths), stop)
         handles: list[Any] = []
         with ExitStack() as stack:
             stack.callback(lambda: [handle.remove() for handle in handles])
-            for (module, side, index), there in by_place.items():
+            for module, side, index, there in by_place:
                 if side == "output":
                     handles.append(module.register_forward_hook(partial(_after, state, there, index)))
                 elif side == "input":
                     before = partial(_before, state, there, index)
                     handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-                else:
-                    scored[module][side] = there
             recorders: dict[nn.Module, Recorder] = {
                 module: partial(_scored, state, wanted) for module, wanted in scored.items()
             }
