@@ -240,6 +240,9 @@ def _info(
         near = near_misses(task, TASKS)
         raise ModelError(f'there is no task "{task}"', f"tasks are {', '.join(TASKS)}", near)
     architecture, task = _architecture(location, config, family, task)
+    if family is not None and task == "causal_lm":
+        # without it transformers lets every token see the ones after it
+        config.update(family.causal)
     if num_labels is not None:
         _set_labels(config, num_labels)
     elif "num_labels" in config and isinstance(config["num_labels"], int) and "id2label" not in config:

@@ -259,7 +259,10 @@ def part_modules(info: ModelInfo, part: str) -> tuple[str, ...]:
         return family.heads[info.task]
     if part == "embed":
         return tuple(prefix + module for module in family.embeddings)
-    return (f"{prefix}{family.blocks}.{part.removeprefix('layer.')}",)
+    index, count = part.removeprefix("layer."), info.size("N") or 0
+    if not index.isdecimal() or int(index) >= count:
+        raise ModelError(f"a {info.architecture} has no part {part}", f"its layers run from 0 to {count - 1}")
+    return (f"{prefix}{family.blocks}.{index}",)
 
 
 def _row(info: ModelInfo, name: str, text: str, path: TapPath) -> TapRow:

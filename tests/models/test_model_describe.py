@@ -105,6 +105,11 @@ def test_sizes_are_positive_whole_numbers(save, value):
     assert "config `num_hidden_layers`" in error.reason
 
 
+def test_an_encoder_family_as_a_causal_model(save):
+    assert describe(save("bert"), task="causal_lm").config["is_decoder"] is True
+    assert "is_decoder" not in describe(save("bert"), task="masked_lm").config
+
+
 def test_overrides(save):
     info = describe(save("bert"), overrides={"hidden_dropout_prob": 0.3})
     assert info.config["hidden_dropout_prob"] == 0.3

@@ -216,6 +216,6 @@ def test_parts(save):
     assert part_modules(info, "head") == ("classifier",)
     bare = describe(save("bert"))
     assert part_modules(bare, "embed") == ("embeddings",)
-    for model, part in ((bare, "head"), (info, "heads")):
+    for model, part in ((bare, "head"), (info, "heads"), (info, "layer.3"), (info, "layer.x")):
         with pytest.raises(ModelError):
             part_modules(model, part)

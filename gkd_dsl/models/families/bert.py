@@ -61,5 +61,6 @@ BERT = Family(
     row_heads=("classification",),
     pooler="pooler",
     pooled=("encoder", "classification"),
+    causal={"is_decoder": True},
     no_pooler="its class is built without a pooler",
 )

@@ -28,5 +28,6 @@ ROBERTA = Family(
     row_heads=("classification",),
     pooler="pooler",
     pooled=("encoder",),
+    causal={"is_decoder": True},
     no_pooler="its class is built without a pooler",
 )

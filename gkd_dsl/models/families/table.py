@@ -43,6 +43,7 @@ class Family:
     heads       task -> modules of the head, relative to the whole model
     row_heads   tasks whose head modules see one row per sequence
     words       the parameter that holds the word embeddings
+    causal      config fields that make a causal language model of a family of encoders
     """
 
     name: str
@@ -67,6 +68,7 @@ class Family:
     aliases: Mapping[str, str] = field(default_factory=dict)
     accepts: Mapping[str, Task] = field(default_factory=dict)
     row_heads: tuple[Task, ...] = ()
+    causal: Mapping[str, Any] = field(default_factory=dict)
     no_pooler: str = "this family has no pooler"
 
     @property

@@ -174,6 +174,20 @@ def test_sizes_from_the_config_are_those_of_the_modules(make, family, task):
         assert getattr(head, "out_proj", head).out_features == info.size("C") == 3
 
 
+@pytest.mark.parametrize("family", [family for family, task in CASES if task == "causal_lm"])
+def test_a_causal_model_does_not_look_ahead(make, batch, family):
+    tiny = make(family, "causal_lm")
+    assert tiny.info.causal
+    inputs = batch()
+    logits = TapPath("logits")
+    with torch.no_grad():
+        before = tiny.tapper.run(inputs, [logits])[logits]
+        inputs["input_ids"][0, 5] = (inputs["input_ids"][0, 5] + 1) % 30 + 3
+        after = tiny.tapper.run(inputs, [logits])[logits]
+    torch.testing.assert_close(after[0, :5], before[0, :5])
+    assert (after[0, 5:] - before[0, 5:]).abs().amax(dim=-1).min() > 0
+
+
 def test_token_types_reach_bert_and_not_roberta(make, batch, close):
     inputs = batch()
     types = {**inputs, "token_type_ids": inputs["attention_mask"].clone()}
