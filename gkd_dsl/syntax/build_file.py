@@ -6,8 +6,10 @@ from typing import Any, cast
 
 from lark import Token, Tree
 
+from gkd_dsl.diagnostics import Edit, Fix
 from gkd_dsl.syntax import ast
 from gkd_dsl.syntax.build import ExpressionBuilder
+from gkd_dsl.syntax.words import HOME
 
 
 class FileBuilder(ExpressionBuilder):
@@ -23,8 +25,42 @@ class FileBuilder(ExpressionBuilder):
         name = getattr(node, "name", None)
         return isinstance(name, ast.Ident) and not name.text
 
-    def block(self, tree: Tree | None) -> tuple[Any, ...]:
-        return tuple(self.lines(tree.children)) if tree is not None else ()
+    def block(self, tree: Tree | None, kind: str = "") -> tuple[Any, ...]:
+        """The statements of a block; those that its kind does not take are reported."""
+        if tree is None:
+            return ()
+        for child in tree.children:
+            if isinstance(child, Tree):
+                self._check_place(child, kind)
+        return tuple(self.lines(tree.children))
+
+    def _check_place(self, tree: Tree, kind: str) -> None:
+        """Report a statement that the grammar lets stand in every block and this kind of block has no use for."""
+        keyword = str(tree.data).rstrip("_")
+        wrong = {
+            "stage": ("total", "stage"),
+            "method": ("train", "freeze", "minimize", "evaluate", "keep", "setting"),
+        }.get(kind, ())
+        if keyword not in wrong and not (kind in ("model", "policy") and keyword != "setting"):
+            return
+        span = self.span(tree)
+        if keyword == "setting":
+            name = self.ident(cast(Token, tree.children[0]))
+            self.diagnostics.error(
+                "E0104",
+                f"the setting `{name.text}` belongs inside a stage",
+                name.span,
+                f"not in a {kind}",
+                notes=["`let name = ...` gives a value a name"],
+            )
+            return
+        place = self.between(span.start, span.start + len(keyword))
+        fix = None
+        if keyword == "total":
+            assign = self.source.text.find("=", span.start)
+            fix = Fix("write `minimize`", (Edit(self.between(span.start, assign + 1), "minimize"),))
+        home = HOME.get(keyword, "at the top level, in a stage or in a method")
+        self.diagnostics.error("E0104", f"`{keyword}` belongs {home}", place, f"not in a {kind}", fix=fix)
 
     def _s_header(self, tree: Tree) -> ast.Header:
         digits = str(tree.children[0]).replace("_", "")
@@ -65,7 +101,7 @@ class FileBuilder(ExpressionBuilder):
     def _s_model(self, tree: Tree) -> ast.ModelDecl:
         role, name, value, block = cast("list[Any]", tree.children)
         return ast.ModelDecl(
-            self.span(tree), self._role(role), self.ident(name), self.expression(value), self.block(block)
+            self.span(tree), self._role(role), self.ident(name), self.expression(value), self.block(block, "model")
         )
 
     def _role(self, tree: Tree) -> Any:
@@ -104,7 +140,7 @@ class FileBuilder(ExpressionBuilder):
     def _s_method(self, tree: Tree) -> ast.MethodDecl:
         name, formals, doc, block = cast("list[Any]", tree.children)
         return ast.MethodDecl(
-            self.span(tree), self.ident(name), self._formals(formals), self.block(block), self.text(doc)
+            self.span(tree), self.ident(name), self._formals(formals), self.block(block, "method"), self.text(doc)
         )
 
     def _formals(self, tree: Tree) -> tuple[ast.Formal, ...]:
@@ -143,7 +179,7 @@ class FileBuilder(ExpressionBuilder):
             self.ident(index) if index is not None else None,
             self.duration(duration) if duration is not None else None,
             (self.ident(binder), self.expression(over)) if binder is not None else None,
-            self.block(block),
+            self.block(block, "stage"),
         )
 
     def _s_pass_(self, tree: Tree) -> ast.Pass:
@@ -158,7 +194,7 @@ class FileBuilder(ExpressionBuilder):
 
     def _s_policy(self, tree: Tree) -> ast.Policy:
         name, value, block = cast("list[Any]", tree.children)
-        return ast.Policy(self.span(tree), self.ident(name), self.expression(value), self.block(block))
+        return ast.Policy(self.span(tree), self.ident(name), self.expression(value), self.block(block, "policy"))
 
     def _s_runtime(self, tree: Tree) -> ast.Runtime:
         return ast.Runtime(self.span(tree), self.block(cast(Tree, tree.children[0])))

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from lark import Tree
 
-from gkd_dsl.diagnostics import Diagnostics, SpecError
+from gkd_dsl.diagnostics import Diagnostics, Edit, Fix, SpecError
 from gkd_dsl.source import Source, Span
 from gkd_dsl.syntax import ast
 from gkd_dsl.syntax.build import ExpressionBuilder
@@ -27,6 +27,7 @@ def parse(source: Source) -> tuple[ast.File, Diagnostics]:
     tree = read(source, "file", diagnostics)
     items: list[Any] = FileBuilder(source, diagnostics).lines(tree.children if tree is not None else [])
     header = _header(source, items, diagnostics)
+    diagnostics.found.sort(key=lambda found: (found.span.start if found.span is not None else 0))
     declared = tuple(item for item in items if not isinstance(item, ast.Header))
     return ast.File(source, header, declared, comments(source)), diagnostics
 
@@ -65,5 +66,31 @@ def _whole(found: Any, diagnostics: Diagnostics) -> Any:
 
 
 def _header(source: Source, items: list[Any], diagnostics: Diagnostics) -> ast.Header | None:
-    headers = [item for item in items if isinstance(item, ast.Header)]
-    return headers[0] if headers else None
+    header: ast.Header | None = None
+    for index, item in enumerate(items):
+        if not isinstance(item, ast.Header):
+            continue
+        if index > 0:
+            diagnostics.error("E0101", "`gkd 1` stands once, before everything else", item.span, "not here")
+        header = header or item
+    first = re.search(r"\S", _COMMENT.sub(lambda m: " " * len(m[0]) if m[1] is not None else m[0], source.text))
+    begins = first.start() if first is not None else 0
+    if header is None and not re.match(r"\ufeff?gkd\b", source.text[begins:]):
+        diagnostics.error(
+            "E0101",
+            "the first line is not `gkd 1`",
+            Span(source, begins, min(len(source.text), begins + 1)) if first is not None else Span(source, 0, 0),
+            "`gkd 1` expected before this",
+            notes=["it says which version of the language the file is written in"],
+            fix=Fix("insert the header", (Edit(Span(source, 0, 0), f"gkd {VERSION}\n"),)),
+        )
+    elif header is not None and header.version != VERSION:
+        number = Span(source, header.span.end - len(header.span.text.split()[-1]), header.span.end)
+        diagnostics.error(
+            "E0103",
+            f"version {header.version} of the language is not known",
+            number,
+            f"this gkd reads version {VERSION}",
+            fix=Fix(f"write `{VERSION}`", (Edit(number, str(VERSION)),)),
+        )
+    return header
