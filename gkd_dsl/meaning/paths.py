@@ -157,7 +157,6 @@ def as_tensor(ctx: Context, scope: Scope, value: Value, expr: ast.Expr) -> Value
     forward(ctx, scope, model, expr.span)
     prefix = model.forward.removesuffix("/forward")
     key = f"{prefix}/{resolved.path.key}"
-    location = ctx.location(scope, expr.span)
     ctx.builder.add(TapNode(key, model.name, resolved.path, resolved.type, locations=(ctx.location(scope, expr.span),)))
     ctx.builder.connect(model.forward, key, "forward")
     lengths = sum(dim.name == "L" for dim in resolved.type.dims)
@@ -224,10 +223,8 @@ def _tap_error(ctx: Context, scope: Scope, part: TapPart, expr: ast.Expr, error:
         return ctx.error(scope, "E0202", error.reason, span, error.hint, notes=notes)
     if error.taps_here:
         notes.append(f"taps at this level: {', '.join(error.taps_here)}")
-    fix = None
-    if near is not None and not scope.uses:
-        length = len(name)
-        fix = replace(Span(span.source, span.start, span.start + length), near)
+    span = Span(span.source, span.start, span.start + len(name))
+    fix = replace(span, near) if near is not None and not scope.uses else None
     return ctx.error(
         scope,
         "E0201",
