@@ -197,14 +197,20 @@ def closer(f: Fault) -> Plan | None:
             else f.fix(f"remove `{f.word}`", f.start, f.end, ""),
         )
         return Plan(put=((kind, symbol),), at=f.end) if opener.type != "LBRACE" else Plan(at=f.end)
+    place = f.start
+    if opener.type == "LSQB":
+        # `s.hidden[1 <- t.hidden[3]`: an index holds no pair, so it was meant to end before the arrow.
+        inside = [token for token in f.line if (token.start_pos or 0) > (opener.start_pos or 0)]
+        arrow = next((index for index, token in enumerate(inside) if token.type == "FROM_TEACHER"), 0)
+        place = f.end_of(inside[arrow - 1]) if arrow else place
     f.error(
         "E0110",
         f"`{opener}` is never closed",
         f"`{symbol}` expected before this `{f.word}`",
         labels=(f.reader.opened(opener),),
-        fix=f.fix(f"insert `{symbol}`", f.start, f.start, symbol),
+        fix=f.fix(f"insert `{symbol}`", place, place, symbol),
     )
-    return Plan(put=((kind, symbol),))
+    return Plan(put=((kind, symbol),)) if place == f.start else SKIP
 
 
 def _left_open(f: Fault, place: int) -> Plan:
