@@ -90,6 +90,12 @@ def test_step_at_changes_at_the_first_step_after_the_duration(steps, batches, ac
     assert schedule.value(clock(after - 1, 10**6, per_epoch)) == 1.0
 
 
+def test_an_epoch_whose_quotient_falls_short_of_one_is_over():
+    at = clock(9, 10**6, 9 / 7)
+    assert at.epoch / 7 < 1.0
+    assert StepAt(1.0, 0.0, Span(7.0, "epochs")).value(at) == 0.0
+
+
 def test_a_duration_of_nothing_is_over_at_once():
     assert Ramp(0.0, 1.0, Span(0.0, "steps")).value(clock(0, 10)) == 1.0
 

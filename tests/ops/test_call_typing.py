@@ -253,5 +253,7 @@ def test_a_users_conditions():
     )
     assert check_call(spec, {"x": floats(B, L, S_H)}, {"n": 4}).type == floats(B, Dim("n", 4), S_H)
     assert check_call(spec, {"x": floats(B, L, S_H)}, {"n": 5}).message == "n = 5 is not divisible by m = 2"
+    odd = check_call(spec, {"x": floats(B, L, S_H)}, {"n": 5, "m": 3})
+    assert odd.message == "n = 5 is not divisible by m = 3"
     both = check_call(spec, {"x": floats(B, L, S_H)}, {"n": 314})
     assert both.message == "n != 6 and n < s.H does not hold: n = 314, s.H = 312"

@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 
 from gkd_dsl.ops import registry
@@ -93,3 +96,12 @@ def test_a_malformed_signature_is_refused_when_it_is_registered(signature, words
 def test_a_signature_is_parsed_once():
     text = registry.lookup("kl").signatures[0]
     assert compile_signature(text, "kl") is compile_signature(text, "kl")
+
+
+def test_the_tables_and_the_typing_need_no_torch():
+    code = (
+        "import sys; from gkd_dsl.ops import registry, typing; registry.signatures(registry.lookup('kl')); "
+        "print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"

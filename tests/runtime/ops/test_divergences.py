@@ -266,6 +266,15 @@ def test_half_precision_logits_at_their_limits_give_finite_values(name, dtype):
     torch.testing.assert_close(value.double(), exact, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_attention_rows_of_half_precision_scores_are_those_of_fp64(dtype):
+    s, t = logits(1, 2, 3, 3, scale=8.0, dtype=torch.float32).to(dtype), logits(1, 2, 3, 3, seed=1, scale=8.0).to(dtype)
+    valid = torch.tensor([[True, True, False]])
+    value = ops.attention_kl(s, t, valid=valid, temperature=3.0)
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(value.double(), ops.attention_kl(s.double(), t.double(), valid=valid, temperature=3.0))
+
+
 @pytest.mark.parametrize("name", PAIRS)
 def test_a_class_that_both_exclude_adds_nothing(name):
     s, t = logits(3, 5), logits(3, 5, seed=1)
