@@ -39,7 +39,8 @@ def specs(kind: Kind | None = None) -> tuple[OpSpec, ...]:
 def register(spec: OpSpec, *, replace: bool = False) -> None:
     """Add a user's operator. Its signatures are parsed at once.
 
-    Raises ValueError when the name is taken (unless `replace`) or a signature is malformed.
+    Raises ValueError when the name is taken (unless `replace`) or a signature says what no operator can have, and
+    SpecError where it does not parse.
     """
     if spec.name in _table() and not replace:
         raise ValueError(f"there is an operator `{spec.name}` already")

@@ -41,7 +41,7 @@ def div(a: Operand, b: Operand) -> Tensor:
 @function("pow")
 def power(a: Operand, b: Operand) -> Tensor:
     """a^b, in fp32."""
-    return torch.pow(_full(a), _full(b))  # type: ignore[arg-type, call-overload, no-any-return]
+    return torch.pow(_full(a), _full(b))  # type: ignore[arg-type]
 
 
 @function("neg")
@@ -103,4 +103,4 @@ def greater_equal(a: Operand, b: Operand) -> Tensor:
 @function("select")
 def select(cond: Tensor, a: Operand, b: Operand) -> Tensor:
     """a where the condition holds, b elsewhere."""
-    return torch.where(cond, a, b)  # type: ignore[arg-type, call-overload, no-any-return]
+    return torch.where(cond, a, b)  # type: ignore[arg-type]
