@@ -103,4 +103,4 @@ def greater_equal(a: Operand, b: Operand) -> Tensor:
 @function("select")
 def select(cond: Tensor, a: Operand, b: Operand) -> Tensor:
     """a where the condition holds, b elsewhere."""
-    return torch.where(cond, a, b)  # type: ignore[arg-type]
+    return torch.where(cond, a, b)
