@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 from gkd_dsl.meaning import builtins, declare, operators, paths
-from gkd_dsl.meaning.context import Context, replace, suggest
+from gkd_dsl.meaning.context import MOST, Context, replace, suggest
 from gkd_dsl.meaning.scope import Scope
 from gkd_dsl.meaning.values import (
     UNKNOWN,
     LossFunction,
     Method,
     Model,
+    Num,
     PythonModule,
     TapPart,
     Unknown,
@@ -20,8 +24,8 @@ from gkd_dsl.ops import registry
 from gkd_dsl.syntax import ast
 
 LATER = {
-    "coin", "random_spans", "roll", "gradient", "norm", "gate", "groups", "teachers", "selector", "keep",
-    "rollout", "cached", "logit_cache", "bnb", "peft", "torchao", "evaluate", "loss_reward",
+    "coin", "random_spans", "roll", "gradient", "norm", "gate", "selector", "keep", "ids",
+    "rollout", "cached", "logit_cache", "bnb", "peft", "torchao", "evaluate",
 }  # fmt: skip
 """Functions of passes, events, policies and generation: known to the checker, not run in this version."""
 
@@ -31,6 +35,11 @@ DECLARED = {
     "random_init": 'a model: `student s = random_init("...")`',
     "linear": "a projection: `project W = linear(s.H -> t.H)`",
 }
+
+
+_OF_NUMBERS: dict[str, Callable[[float], float]] = {
+    "log": math.log, "exp": math.exp, "sqrt": math.sqrt, "abs": abs
+}  # fmt: skip
 
 
 def is_function(name: str) -> bool:
@@ -47,6 +56,9 @@ def call(ctx: Context, scope: Scope, expr: ast.Call) -> Value:
         return ctx.error(scope, "E0228", "only a name can be called", func.span)
     name = func.id
     found = scope.find(name)
+    # A metric may be called `accuracy`: where it is called, the operator is meant.
+    if found is not None and is_function(name) and not isinstance(found[0].decl, ast.LossDecl | ast.MethodDecl):
+        found = None
     if found is not None:
         found[0].used = True
         value = declare.value_of(ctx, found[1], found[0], func.span, scope)
@@ -60,14 +72,15 @@ def call(ctx: Context, scope: Scope, expr: ast.Call) -> Value:
                 ctx.evaluate(scope, arg.value)
             return ctx.not_yet(scope, "a forward on other inputs", expr.span)
         if isinstance(value, Method):
-            return ctx.error(scope, "E0229", f"`{name}` is a method: write `use {expr.span.text} as ...`", func.span)
+            return ctx.error(scope, "E0230", f"`{name}` is a method: write `use {expr.span.text} as ...`", func.span)
         if not is_function(name):
             return ctx.error(scope, "E0228", f"`{name}` is {kind(value)}, and is not called", func.span)
     if name in builtins.BUILTINS:
         return builtins.call(ctx, scope, name, expr)
     spec = registry.lookup(name)
     if spec is not None:
-        return operators.call(ctx, scope, spec, expr)
+        number = _of_number(ctx, scope, name, expr) if name in _OF_NUMBERS else None
+        return operators.call(ctx, scope, spec, expr) if number is None else number
     if name in LATER:
         for arg in expr.args:
             ctx.evaluate(scope, arg.value)
@@ -85,6 +98,38 @@ def call(ctx: Context, scope: Scope, expr: ast.Call) -> Value:
         notes=[] if near else ["`gkd explain operators` lists them"],
         fix=replace(func.span, near) if near else None,
     )
+
+
+def _of_number(ctx: Context, scope: Scope, name: str, expr: ast.Call) -> Value | None:
+    """`log(s.C)`: a function of a plain number; None where its argument is something else."""
+    if len(expr.args) != 1 or expr.args[0].name is not None or not _is_number(scope, expr.args[0].value):
+        return None
+    value = ctx.evaluate(scope, expr.args[0].value)
+    if isinstance(value, Unknown):
+        return UNKNOWN
+    if not isinstance(value, Num):
+        return None
+    try:
+        return Num(_OF_NUMBERS[name](value.value))
+    except (ValueError, OverflowError):
+        return ctx.error(scope, "E0216", f"`{name}` of {value.value:g} is not a number", expr.args[0].value.span)
+
+
+def _is_number(scope: Scope, expr: ast.Expr) -> bool:
+    """Whether an expression can be a plain number by its form, so that taps are not read twice."""
+    match expr:
+        case ast.Number():
+            return True
+        case ast.Attr():
+            return expr.name.text in (*paths.SIZES, "num_labels")
+        case ast.Name():
+            found = scope.find(expr.id)
+            return found is not None and isinstance(found[0].value, Num)
+        case ast.Unary():
+            return _is_number(scope, expr.value)
+        case ast.Binary():
+            return _is_number(scope, expr.left) and _is_number(scope, expr.right)
+    return False
 
 
 def _call_member(ctx: Context, scope: Scope, expr: ast.Call, func: ast.Attr) -> Value:
@@ -124,5 +169,10 @@ def _call_loss(ctx: Context, scope: Scope, function: LossFunction, expr: ast.Cal
         if wants_model and not isinstance(value, Model):
             return ctx.error(scope, "E0233", f"`{formal.name.text}` is a model, and this is {kind(value)}", given.span)
         bound[formal.name.text] = value
+    ctx.elements += 1
+    if ctx.elements > MOST:
+        return ctx.error(scope, "E0218", f"this spec asks for more than {MOST} losses", expr.span)
     inner = function.scope.child(**bound)
-    return declare.loss_value(ctx, inner, decl.value, name=None)
+    return declare.nested(
+        ctx, scope, decl.name.text, expr.span, lambda: declare.loss_value(ctx, inner, decl.value, name=None)
+    )
