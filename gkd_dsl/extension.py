@@ -141,7 +141,7 @@ def find(path_or_module: str, root: Path) -> Path:
         if not path.is_file():
             folder = path.parent if path.parent.is_dir() else root
             others = ", ".join(sorted(p.name for p in folder.glob("*.py"))[:8])
-            hint = f"{folder} holds {others}" if others else f"paths start at {root}"
+            hint = f"that folder holds {others}" if others else "paths start at the folder of the spec"
             raise ExtensionError("there is no such file", path_or_module, hint=hint)
         return path.resolve()
     parts = path_or_module.split(".")

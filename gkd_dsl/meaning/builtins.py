@@ -18,7 +18,9 @@ from gkd_dsl.meaning.values import (
     Items,
     Length,
     Loss,
+    Model,
     Num,
+    Numbers,
     Optimiser,
     Scheduled,
     Tensor,
@@ -182,7 +184,59 @@ def _drawn(
     )
 
 
+def _groups(ctx: Context, scope: Scope, name: str, expr: ast.Call) -> Value:
+    """`groups(s.layer, t.layer)`: each student layer with the run of teacher layers that it stands for."""
+    parts = _arguments(ctx, scope, name, expr, ())
+    if parts is None:
+        return UNKNOWN
+    sides = [paths.as_layers(value) for value, _ in parts[0]]
+    if len(sides) != 2 or sides[0] is None or sides[1] is None:
+        return ctx.error(
+            scope, "E0236", "`groups` pairs the student's layers with runs of the teacher's", expr.span,
+            "write `groups(s.layer, t.layer)`",
+        )  # fmt: skip
+    student, teacher = sides[0].indices, sides[1].indices
+    if not student or len(teacher) % len(student):
+        return ctx.error(
+            scope, "E0237", f"`groups` cannot share {len(teacher)} layers equally among {len(student)}", expr.span
+        )
+    size = len(teacher) // len(student)
+    return Items(
+        tuple(
+            Items((Num(i), Items(tuple(Num(j) for j in teacher[place * size : (place + 1) * size]))))
+            for place, i in enumerate(student)
+        )
+    )
+
+
+def _teachers(ctx: Context, scope: Scope, name: str, expr: ast.Call) -> Value:
+    """`teachers(ts)`: the indices of the models that a formal holds."""
+    parts = _arguments(ctx, scope, name, expr, ())
+    if parts is None:
+        return UNKNOWN
+    held = parts[0][0][0] if len(parts[0]) == 1 else None
+    if isinstance(held, Items) and all(isinstance(item, Model) for item in held.items):
+        return Numbers(0, len(held.items))
+    if isinstance(held, Model):
+        return Numbers(0, 1)
+    return ctx.error(scope, "E0233", "`teachers` takes the teachers of a method", expr.span, "write `teachers(ts)`")
+
+
 # --- lists --------------------------------------------------------------------------------------
+
+
+def _recent(ctx: Context, scope: Scope, name: str, expr: ast.Call) -> Value:
+    """`mean(loss, last = 100 steps)` in the condition of a counter: known in a run only."""
+    from gkd_dsl.meaning.evaluate import as_loss
+
+    parts = _arguments(ctx, scope, name, expr, ("last",))
+    if parts is None or len(parts[0]) != 1:
+        return UNKNOWN
+    as_loss(ctx, scope, *parts[0][0])
+    length, written = parts[1]["last"]
+    if not isinstance(length, Length):
+        return _needs_duration(ctx, scope, "`last`", length, written)
+    return UNKNOWN
 
 
 def _reduce(ctx: Context, scope: Scope, name: str, expr: ast.Call) -> Value:
@@ -190,6 +244,8 @@ def _reduce(ctx: Context, scope: Scope, name: str, expr: ast.Call) -> Value:
     from gkd_dsl.meaning import operators
     from gkd_dsl.meaning.evaluate import scale
 
+    if ctx.monitoring and len(expr.args) == 2 and expr.args[1].name is not None:
+        return _recent(ctx, scope, name, expr)
     if len(expr.args) != 1 or expr.args[0].name is not None:
         return ctx.error(
             scope, "E0224", f"`{name}` takes one list", expr.span, f"write `{name}(... for (i, j) in pairs)`"
@@ -301,6 +357,8 @@ BUILTINS: dict[str, Callable[[Context, Scope, str, ast.Call], Value]] = {
     **dict.fromkeys(SCHEDULES, _schedule),
     **dict.fromkeys(ALIGNERS, _aligner),
     **dict.fromkeys(OPTIMISERS, _optimiser),
+    "groups": _groups,
+    "teachers": _teachers,
     "sum": _reduce,
     "mean": _reduce,
 }

@@ -130,6 +130,8 @@ def _elaborate(ctx: Context, scope: Scope, file: ast.File) -> tuple[tuple[str, A
             stages.elaborate(ctx, scope, item)
         else:
             stages.run(ctx, scope, item)
+    while ctx.deferred:
+        ctx.deferred.pop(0)()
     runtime: tuple[tuple[str, AttrValue], ...] = ()
     for item in file.items:
         if isinstance(item, ast.Runtime):

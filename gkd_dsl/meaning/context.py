@@ -28,6 +28,10 @@ class ResolvedParam:
     span: Span | None
 
 
+MOST = 100_000
+"""Elements of comprehensions and calls of loss functions in one spec."""
+
+
 @dataclass
 class Context:
     """One check: its options, what it found, the graph it builds."""
@@ -51,6 +55,14 @@ class Context:
     detaching: bool = False
     model_unknown: bool = False
     methods_only: bool = False
+    monitoring: bool = False
+    """While the condition of a counter is read, where `stage.progress` and `mean(x, last = ...)` are known."""
+    deferred: list[Callable[[], None]] = field(default_factory=list)
+    """Checks that wait until every declaration has its value."""
+    elements: int = 0
+    """Elements of comprehensions so far; a spec that asks for too many is refused."""
+    depth: int = 0
+    """How many families and loss functions are being made, one inside the other."""
     pending: set[str] = field(default_factory=set)
     root_scope: Scope = field(default_factory=lambda: Scope(Source("", "")))
     evaluator: Callable[[Context, Scope, ast.Expr], Value] | None = None

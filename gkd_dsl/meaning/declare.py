@@ -7,7 +7,7 @@ from dataclasses import replace as with_changes
 
 from gkd_dsl import schedules
 from gkd_dsl.graph.nodes import LossNode, MetricNode, ProjectNode
-from gkd_dsl.meaning import data, imports, methods, modelling, operators, parameters, paths
+from gkd_dsl.meaning import data, imports, later, methods, modelling, operators, parameters, paths
 from gkd_dsl.meaning.context import Context, replace, suggest
 from gkd_dsl.meaning.scope import Definition, Scope
 from gkd_dsl.meaning.values import (
@@ -33,6 +33,7 @@ from gkd_dsl.syntax import ast
 from gkd_dsl.types import Dim
 
 _INITS = ("default", "identity", "zeros")
+_DEPTH = 32
 
 
 def value_of(ctx: Context, home: Scope, definition: Definition, span: Span, asked_from: Scope) -> Value:
@@ -89,13 +90,11 @@ def _declare(ctx: Context, scope: Scope, definition: Definition) -> Value:
         case ast.ImportPython():
             return imports.python_module(ctx, scope, decl)
         case ast.Pass():
-            return modelling.further_pass(ctx, scope, decl)
+            return later.further_pass(ctx, scope, decl)
         case ast.Counter():
-            for expr in (decl.start, decl.stop):
-                ctx.evaluate(scope, expr)
-            return ctx.not_yet(scope, "a counter", decl.name.span)
+            return later.counter(ctx, scope, decl)
         case ast.Policy():
-            return ctx.not_yet(scope, "a policy", decl.name.span)
+            return later.policy(ctx, scope, decl)
         case ast.DimDecl():
             return UNKNOWN
     raise AssertionError(decl)
@@ -112,14 +111,35 @@ def _family(
     if not indices:
         return make(scope, "")
     made: dict[tuple[int, ...], Value] = {}
+    busy: set[tuple[int, ...]] = set()
 
-    def member(key: tuple[int, ...], _span: Span) -> Value:
-        if key not in made:
-            inner = scope.child(**{i.text: Num(k) for i, k in zip(indices, key, strict=True)})
-            made[key] = make(inner, "".join(f".{k}" for k in key))
+    def member(key: tuple[int, ...], span: Span) -> Value:
+        if key in made:
+            return made[key]
+        written = f"{name.text}[{', '.join(str(k) for k in key)}]"
+        if key in busy:
+            return ctx.error(
+                scope, "E0242", f"`{written}` is defined by itself", span, "it comes back to its own name here"
+            )
+        busy.add(key)
+        inner = scope.child(**{i.text: Num(k) for i, k in zip(indices, key, strict=True)})
+        made[key] = nested(ctx, scope, written, span, lambda: make(inner, "".join(f".{k}" for k in key)))
+        busy.discard(key)
         return made[key]
 
     return Family(name.text, len(indices), member)
+
+
+def nested(ctx: Context, scope: Scope, name: str, span: Span, make: Callable[[], Value]) -> Value:
+    """A value that is made of others of its kind; one that comes back to itself without an end is reported."""
+    if ctx.depth >= _DEPTH:
+        return ctx.error(scope, "E0242", f"`{name}` is defined by itself", span, "it comes back to its own name here")
+    ctx.depth += 1
+    detaching, ctx.detaching = ctx.detaching, False
+    try:
+        return make()
+    finally:
+        ctx.depth, ctx.detaching = ctx.depth - 1, detaching
 
 
 def _let(ctx: Context, scope: Scope, expr: ast.Expr) -> Value:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, cast
 
 from gkd_dsl import schedules
-from gkd_dsl.meaning import calls, declare, operators, paths
-from gkd_dsl.meaning.context import Context, replace, suggest
+from gkd_dsl.meaning import calls, declare, later, operators, paths
+from gkd_dsl.meaning.context import MOST, Context, replace, suggest
 from gkd_dsl.meaning.scope import Scope
 from gkd_dsl.meaning.values import (
     UNKNOWN,
@@ -40,6 +41,7 @@ from gkd_dsl.syntax import ast
 
 _ARITHMETIC = ("+", "-", "*", "/")
 _LIMIT = 4096
+_LARGEST = 1e300
 
 
 def evaluate(ctx: Context, scope: Scope, expr: ast.Expr) -> Value:
@@ -50,7 +52,7 @@ def evaluate(ctx: Context, scope: Scope, expr: ast.Expr) -> Value:
         case ast.Name():
             return _name(ctx, scope, expr)
         case ast.Number():
-            return Num(expr.value)
+            return _number(ctx, scope, expr)
         case ast.Bool():
             return Truth(expr.value)
         case ast.String():
@@ -81,6 +83,12 @@ def evaluate(ctx: Context, scope: Scope, expr: ast.Expr) -> Value:
         case ast.Comprehension():
             return _comprehension(ctx, scope, expr)
     raise AssertionError(expr)
+
+
+def _number(ctx: Context, scope: Scope, expr: ast.Number) -> Value:
+    if abs(expr.value) <= _LARGEST:
+        return Num(expr.value)
+    return ctx.error(scope, "E0216", "this number is too large", expr.span)
 
 
 def _name(ctx: Context, scope: Scope, expr: ast.Name) -> Value:
@@ -115,6 +123,8 @@ def _names_here(scope: Scope) -> list[str]:
 
 
 def _attribute(ctx: Context, scope: Scope, expr: ast.Attr) -> Value:
+    if ctx.monitoring and isinstance(expr.base, ast.Name) and expr.base.id == "stage" and scope.find("stage") is None:
+        return later.progress(ctx, scope, expr)
     base = ctx.evaluate(scope, expr.base)
     match base:
         case Unknown():
@@ -204,7 +214,15 @@ def _index(ctx: Context, scope: Scope, expr: ast.Index) -> Value:
             return operators.index(ctx, scope, base, numbers[0], expr)
         case Layers() if len(numbers) == 1:
             return paths.block(ctx, scope, base, numbers[0], expr)
+        case Model() if numbers in ([0], [-1]) and _is_formal(scope, expr.base):
+            # The one model of a formal that may hold several: `ts[0]`.
+            return base
     return ctx.error(scope, "E0206", f"{kind(base)} cannot be indexed", expr.span)
+
+
+def _is_formal(scope: Scope, expr: ast.Expr) -> bool:
+    found = scope.find(expr.id) if isinstance(expr, ast.Name) else None
+    return found is not None and isinstance(found[0].decl, ast.Formal)
 
 
 def _unary(ctx: Context, scope: Scope, expr: ast.Unary) -> Value:
@@ -341,18 +359,28 @@ def _number_arithmetic(ctx: Context, scope: Scope, expr: ast.Binary, left: Value
             fix = replace(written.span, f"{length.span.amount / 100:g}")
         return ctx.error(scope, "E0401", f"{kind(length)} stands where a number belongs", written.span, hint, fix=fix)
     if isinstance(left, Num) and isinstance(right, Num):
-        if expr.op == "/" and right.value == 0:
-            return ctx.error(scope, "E0216", "division by zero", expr.right.span)
-        a, b = left.value, right.value
-        if expr.op == "/":
-            quotient = a / b
-            whole = isinstance(a, int) and isinstance(b, int) and a % b == 0
-            return Num(a // b if whole else quotient)
-        return Num({"+": a + b, "-": a - b, "*": a * b}[expr.op])
+        return _of_numbers(ctx, scope, expr, left.value, right.value)
     first, second = as_schedule(left), as_schedule(right)
     if first is None or second is None:
         return ctx.error(scope, "E0213", f"`{expr.op}` does not go between {kind(left)} and {kind(right)}", expr.span)
     return Scheduled(schedules.combine(cast(Literal["+", "-", "*", "/"], expr.op), first, second))
+
+
+def _of_numbers(ctx: Context, scope: Scope, expr: ast.Binary, a: int | float, b: int | float) -> Value:
+    if expr.op == "/" and b == 0:
+        return ctx.error(scope, "E0216", "division by zero", expr.right.span)
+    result: int | float
+    try:
+        if expr.op == "/":
+            whole = isinstance(a, int) and isinstance(b, int) and a % b == 0
+            result = a // b if whole else a / b
+        else:
+            result = a + b if expr.op == "+" else a - b if expr.op == "-" else a * b
+        if math.isfinite(float(result)):
+            return Num(result)
+    except OverflowError:
+        pass
+    return ctx.error(scope, "E0216", "this number is too large", expr.span)
 
 
 def _pipe(ctx: Context, scope: Scope, expr: ast.Pipe) -> Value:
@@ -406,6 +434,9 @@ def elements(ctx: Context, scope: Scope, value: Value, expr: ast.Expr) -> list[t
             return None
         case Items():
             return [(item, one) for item in value.items]
+        case Numbers() if value.hi - value.lo > _LIMIT:
+            ctx.error(scope, "E0218", f"this runs over {value.hi - value.lo} numbers, more than {_LIMIT}", expr.span)
+            return None
         case Numbers():
             return [(Num(number), one) for number in range(value.lo, value.hi)]
         case Layers():
@@ -416,28 +447,39 @@ def elements(ctx: Context, scope: Scope, value: Value, expr: ast.Expr) -> list[t
     return None
 
 
+def unpacked(ctx: Context, scope: Scope, binders: tuple[ast.Ident, ...], element: Value) -> dict[str, Value] | None:
+    """What each name of a `for` stands for; `_` stands for nothing. None where that was reported."""
+    names = [binder.text for binder in binders]
+    if len(names) == 1:
+        return {names[0]: element} if names != ["_"] else {}
+    if isinstance(element, Items) and len(element.items) == len(names):
+        return {name: value for name, value in zip(names, element.items, strict=True) if name != "_"}
+    size = len(element.items) if isinstance(element, Items) else 1
+    ctx.error(
+        scope, "E0220", f"{len(names)} names for elements of {size}", binders[0].span.to(binders[-1].span),
+        f"each element is {kind(element)}" if size == 1 else f"{size} in each element",
+    )  # fmt: skip
+    return None
+
+
 def _comprehension(ctx: Context, scope: Scope, expr: ast.Comprehension) -> Value:
     over = elements(ctx, scope, ctx.evaluate(scope, expr.iterable), expr.iterable)
     if over is None:
         return UNKNOWN
-    if len(over) > _LIMIT:
-        return ctx.error(scope, "E0218", f"{len(over)} elements are more than {_LIMIT}", expr.iterable.span)
+    ctx.elements += len(over)
+    if len(over) > _LIMIT or ctx.elements > MOST:
+        what = f"{len(over)} elements, more than {_LIMIT}"
+        if len(over) <= _LIMIT:
+            what = f"more than {MOST} elements with all that came before"
+        return ctx.error(scope, "E0218", f"this runs over {what}", expr.iterable.span)
     if not over:
         return ctx.error(scope, "E0219", "this runs over nothing", expr.iterable.span, "empty")
     out: list[Value] = []
     for element, weight in over:
-        names = [binder.text for binder in expr.binders]
-        if len(names) == 1:
-            bound = {names[0]: element}
-        elif isinstance(element, Items) and len(element.items) == len(names):
-            bound = dict(zip(names, element.items, strict=True))
-        else:
-            size = len(element.items) if isinstance(element, Items) else 1
-            return ctx.error(
-                scope, "E0220", f"{len(names)} names for elements of {size}", expr.binders[0].span,
-                f"{size} in each element",
-            )  # fmt: skip
-        value = ctx.evaluate(scope.child(**{k: v for k, v in bound.items() if k != "_"}), expr.element)
+        bound = unpacked(ctx, scope, expr.binders, element)
+        if bound is None:
+            return UNKNOWN
+        value = ctx.evaluate(scope.child(**bound), expr.element)
         value = paths.as_tensor(ctx, scope, value, expr.element)
         if isinstance(value, Unknown):
             # The same fault would be found for each element; once is enough.

@@ -24,6 +24,7 @@ from gkd_dsl.syntax import ast, parse_expression
 
 _VISIBLE = (ast.Param, ast.MethodDecl, ast.ImportAs, ast.ImportUse, ast.ImportPython, ast.DimDecl)
 _DEPTH = 16
+_USES = 1024
 
 
 def declared(scope: Scope, decl: ast.MethodDecl) -> Method:
@@ -50,8 +51,9 @@ def use(ctx: Context, scope: Scope, decl: ast.Use) -> Value:
         return UNKNOWN
     if not isinstance(target, Method):
         return ctx.error(scope, "E0248", f"`use` takes a method, and this is {kind(target)}", decl.target.span)
-    if len(scope.uses) >= _DEPTH:
-        return ctx.error(scope, "E0249", f"methods use each other more than {_DEPTH} deep", decl.span)
+    if len(scope.uses) >= _DEPTH or len(ctx.instances) >= _USES:
+        what = f"more than {_DEPTH} deep" if len(scope.uses) >= _DEPTH else f"more than {_USES} times"
+        return ctx.error(scope, "E0249", f"methods use each other {what}", decl.span)
     inner = Scope(
         target.scope.source,
         f"{scope.prefix}{decl.alias.text}/",
@@ -83,7 +85,7 @@ def instantiate(ctx: Context, inner: Scope, method: ast.MethodDecl, name: str, s
         elif isinstance(stmt, ast.Stage):
             stages.append(stmt)
         elif not imports._names(stmt):
-            ctx.error(inner, "E0414", "this does not belong in a method", stmt.span, "it belongs in a stage")
+            ctx.error(inner, "E0413", "this does not belong in a method", stmt.span, "it belongs in a stage")
     instance = Instance(name, inner, total, tuple(stages), ctx.location(inner, span))
     ctx.instances[inner.prefix.rstrip("/")] = instance
     return instance

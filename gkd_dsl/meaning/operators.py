@@ -54,7 +54,7 @@ def call(ctx: Context, scope: Scope, spec: registry.OpSpec, expr: ast.Call) -> V
     for arg in expr.args:
         if isinstance(arg.value, ast.Pair):
             if arg.name is not None:
-                return ctx.error(scope, "E0335", "a pair is not a named argument", arg.span, "leave the name out")
+                return ctx.error(scope, "E0334", "a pair is not a named argument", arg.span, "leave the name out")
             pair = _pair(ctx, scope, arg.value)
             if pair is None:
                 bad = True
@@ -160,7 +160,7 @@ def call_python(ctx: Context, scope: Scope, base: PythonModule, expr: ast.Call, 
     spec = registry.lookup(f"{base.path}:{func.name.text}")
     if spec is None:
         return ctx.error(
-            scope, "E0239", f"`{func.name.text}` is a data source, not an operator", func.name.span,
+            scope, "E0230", f"`{func.name.text}` is a data source, not an operator", func.name.span,
             f"write `data x = {func.span.text}(...)`",
         )  # fmt: skip
     return call(ctx, scope, spec, expr)

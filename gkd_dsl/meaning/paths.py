@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace as replace_fields
 
-from gkd_dsl.diagnostics import Note
+from gkd_dsl.diagnostics import Label, Note
 from gkd_dsl.graph.nodes import BatchNode, ForwardNode, OpNode, TapNode
 from gkd_dsl.meaning.context import Context, replace, suggest
 from gkd_dsl.meaning.scope import Scope
 from gkd_dsl.meaning.values import (
     UNKNOWN,
+    Items,
     Layers,
     Model,
     Num,
@@ -66,7 +67,7 @@ def called(ctx: Context, scope: Scope, base: Model | TapPart, call: ast.Call, ca
     """`s.module("a.b")`, `s.weight("name")`."""
     if callee.name.text not in ("module", "weight") or not isinstance(base, Model):
         return ctx.error(
-            scope, "E0223", f"`{callee.name.text}` of a model is not called", callee.name.span,
+            scope, "E0228", f"`{callee.name.text}` of a model is not called", callee.name.span,
             'only `module("...")` and `weight("...")` are',
         )  # fmt: skip
     if len(call.args) != 1 or call.args[0].name is not None:
@@ -85,7 +86,7 @@ def indexed(ctx: Context, scope: Scope, base: TapPart, expr: ast.Index) -> Value
     """`s.hidden[-1]`, `s.layer[3]`, `s.layer[1 ..< 4]`."""
     name, already = base.parts[-1]
     if already is not None:
-        return ctx.error(scope, "E0225", f"`{base.model.name}.{_text(base)}` is not indexed again", expr.span)
+        return ctx.error(scope, "E0206", f"`{base.model.name}.{_text(base)}` is not indexed again", expr.span)
     if len(expr.args) != 1:
         return ctx.error(scope, "E0211", f"`{name}` takes one index, not {len(expr.args)}", expr.span)
     value = ctx.evaluate(scope, expr.args[0])
@@ -99,6 +100,8 @@ def indexed(ctx: Context, scope: Scope, base: TapPart, expr: ast.Index) -> Value
                 expr.args[0].span, f"it has layers 0 to {count - 1}", notes=defined(base.model),
             )  # fmt: skip
         return Layers(base.model, tuple(range(value.lo, value.hi)))
+    if isinstance(value, Items) and name == "layer":
+        return _some_layers(ctx, scope, base.model, value, expr.args[0].span)
     if not isinstance(value, Num) or not isinstance(value.value, int):
         return ctx.error(scope, "E0210", f"an index is a whole number, not {kind(value)}", expr.args[0].span)
     spans = (*base.spans[:-1], base.spans[-1].to(expr.args[0].span))
@@ -108,6 +111,19 @@ def indexed(ctx: Context, scope: Scope, base: TapPart, expr: ast.Index) -> Value
         if count is not None and not -count <= value.value < count:
             return _bad_layer(ctx, scope, base.model, value.value, count, expr.args[0].span)
     return part
+
+
+def _some_layers(ctx: Context, scope: Scope, model: Model, chosen: Items, span: Span) -> Value:
+    """`t.layer[js]`, `js` a list of indices."""
+    count = model.info.size("N") or 0
+    indices: list[int] = []
+    for item in chosen.items:
+        if not isinstance(item, Num) or not isinstance(item.value, int):
+            return ctx.error(scope, "E0210", f"an index is a whole number, not {kind(item)}", span)
+        if not -count <= item.value < count:
+            return _bad_layer(ctx, scope, model, item.value, count, span)
+        indices.append(item.value % count)
+    return Layers(model, tuple(indices))
 
 
 def _bad_layer(ctx: Context, scope: Scope, model: Model, index: int, count: int, span: Span) -> Value:
@@ -126,6 +142,11 @@ def block(ctx: Context, scope: Scope, base: Layers, index: int, expr: ast.Index)
     if not -len(base.indices) <= index < len(base.indices):
         return ctx.error(scope, "E0204", f"index {index} is outside {len(base.indices)} layers", expr.args[0].span)
     return TapPart(base.model, (("layer", (base.indices[index],)),), (expr.span,))
+
+
+def shape_label(span: Span, type_: TensorType) -> Label:
+    """The label that shows the shape of a tensor."""
+    return Label(span, type_.long)
 
 
 def as_layers(value: Value) -> Layers | None:

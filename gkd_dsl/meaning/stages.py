@@ -28,6 +28,9 @@ from gkd_dsl.meaning.values import (
 )
 from gkd_dsl.syntax import ast
 
+_MOST = 1024
+"""Stages of one family."""
+
 
 def run(ctx: Context, scope: Scope, decl: ast.Run) -> None:
     """`run tb`: the stages that a used method carries, in their order."""
@@ -57,6 +60,12 @@ def elaborate(ctx: Context, scope: Scope, decl: ast.Stage, prefix: str = "") -> 
         return
     if not isinstance(over, Numbers):
         ctx.error(scope, "E0217", f"a family of stages runs over a range, not {kind(over)}", written.span)
+        return
+    if over.hi - over.lo > _MOST:
+        ctx.error(scope, "E0218", f"{over.hi - over.lo} stages are more than {_MOST}", written.span)
+        return
+    if over.hi <= over.lo:
+        ctx.error(scope, "E0219", "this runs over nothing", written.span, "empty")
         return
     for number in range(over.lo, over.hi):
         inner = scope.child(**{binder.text: Num(number)})

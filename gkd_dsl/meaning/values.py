@@ -297,6 +297,9 @@ Value = (
     | Numbers
 )
 
+_MOST = 4096
+"""Numbers of a range that is written out."""
+
 _KINDS: dict[type, str] = {
     Unknown: "a value",
     Num: "a number",
@@ -355,6 +358,6 @@ def plain(value: Value) -> object:
         return value.span
     if isinstance(value, Scheduled):
         return value.schedule
-    if isinstance(value, Numbers):
+    if isinstance(value, Numbers) and value.hi - value.lo <= _MOST:
         return tuple(range(value.lo, value.hi))
     return None

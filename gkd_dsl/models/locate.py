@@ -60,19 +60,20 @@ def read_config(folder: Path, location: str) -> dict[str, Any]:
     Raises ModelError for a file that cannot be read, is not JSON, or does not say its `model_type`.
     """
     path = folder / "config.json"
+    shown = f"config.json of {location}"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ModelError(f"{path} cannot be read: {error.strerror or error}") from None
+        raise ModelError(f"{shown} cannot be read: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
-        raise ModelError(f"{path} is not UTF-8 text (byte {error.start})") from None
+        raise ModelError(f"{shown} is not UTF-8 text (byte {error.start})") from None
     except json.JSONDecodeError as error:
         raise ModelError(
-            f"{path} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}",
+            f"{shown} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}",
             "save the model again with save_pretrained, or repair that line",
         ) from None
     if not isinstance(config, dict):
-        raise ModelError(f"{path} holds a JSON {type(config).__name__}, not an object")
+        raise ModelError(f"{shown} holds a JSON {type(config).__name__}, not an object")
     if not isinstance(config.get("model_type"), str) or not config["model_type"]:
         raise ModelError(
             f'the config.json of "{location}" has no model_type, so its family is not known',
@@ -105,8 +106,7 @@ def _is_model(config: Path) -> bool:
 
 def _missing_folder(location: str, bases: list[Path]) -> ModelError:
     near = _near_folders(location, bases)
-    looked = " and ".join(dict.fromkeys(str(base) for base in bases))
-    hint = f"did you mean {near[0]}?" if near else f"paths are relative to {looked}"
+    hint = f"did you mean {near[0]}?" if near else "paths start at the folder of the spec, then at the current one"
     if Path(location).expanduser().is_absolute() and not near:
         hint = "check the path"
     return ModelError(f"there is no folder {location}", hint, near)

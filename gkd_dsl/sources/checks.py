@@ -28,6 +28,7 @@ from gkd_dsl.types import BATCH, LENGTH, TensorType
 CHECKED_ROWS = 200
 SCANNED_ROWS = 200_000
 
+PATHS_START = "paths start at the folder of the spec"
 _BATCH_LENGTH = (BATCH, LENGTH)
 
 
@@ -180,7 +181,7 @@ def _check_files(kind: SourceKind, args: Mapping[str, AttrValue], root: Path) ->
         return _check_dataset(args, root)
     files = files_of(path, root)
     if not files:
-        return [SourceProblem("path", f"no file matches `{path}`", kind="file", hint=f"looked in {root}")]
+        return [SourceProblem("path", f"no file matches `{path}`", kind="file", hint=PATHS_START)]
     problem = _check_readable(files[0], path, root)
     if problem:
         return [problem]
@@ -197,14 +198,14 @@ def _check_readable(file: Path, written: str, root: Path) -> SourceProblem | Non
     if not file.exists():
         folder = file.parent
         if not folder.is_dir():
-            return SourceProblem("path", f"there is no folder `{Path(written).parent}`", kind="file", hint=_from(root))
+            return SourceProblem("path", f"there is no folder `{Path(written).parent}`", kind="file", hint=PATHS_START)
         names = sorted(entry.name for entry in folder.iterdir() if entry.is_file())
         near = get_close_matches(file.name, names, 3, 0.6) or [
             name for name in names if Path(name).stem.lower() == file.stem.lower()
         ]
         parent = Path(written).parent
         near = [name if str(parent) == "." else f"{parent.as_posix()}/{name}" for name in near]
-        return SourceProblem("path", f"there is no file `{written}`", tuple(near), _from(root), "file")
+        return SourceProblem("path", f"there is no file `{written}`", tuple(near), PATHS_START, "file")
     if file.is_dir():
         return SourceProblem(
             "path", f"`{written}` is a folder", kind="file", hint=f"for all its files, write `{written.rstrip('/')}/*`"
@@ -219,10 +220,6 @@ def _check_readable(file: Path, written: str, root: Path) -> SourceProblem | Non
     if first[:2] == b"\x1f\x8b" or first[:4] == b"PK\x03\x04":
         return SourceProblem("path", f"`{written}` is compressed", kind="file", hint="unpack it first")
     return None
-
-
-def _from(root: Path) -> str:
-    return f"paths start at {root.resolve()}"
 
 
 def _check_csv(path: Path, args: Mapping[str, AttrValue]) -> list[SourceProblem]:
@@ -372,7 +369,7 @@ def _check_dataset(args: Mapping[str, AttrValue], root: Path) -> list[SourceProb
     folder = _saved_folder(args, root)
     if folder is None:
         if path.startswith((".", "/", "~")) or path.count("/") > 1:
-            return [SourceProblem("path", f"there is no folder `{path}`", kind="file", hint=_from(root))]
+            return [SourceProblem("path", f"there is no folder `{path}`", kind="file", hint=PATHS_START)]
         return []
     splits = folder / "dataset_dict.json"
     if splits.is_file():
