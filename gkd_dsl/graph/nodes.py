@@ -179,6 +179,4 @@ class StageNode(GraphNode):
     max_length: int | None = None
 
 
-Kind = (
-    ModelNode | BatchNode | ForwardNode | TapNode | ProjectNode | OpNode | LossNode | MetricNode | StageNode
-)
+Kind = ModelNode | BatchNode | ForwardNode | TapNode | ProjectNode | OpNode | LossNode | MetricNode | StageNode

@@ -1,0 +1,70 @@
+"""The rules of the graph. A break is a fault of the compiler, not of the spec."""
+
+from __future__ import annotations
+
+import networkx as nx
+
+from gkd_dsl.graph.access import GraphError, inputs, nodes
+from gkd_dsl.graph.nodes import (
+    BatchNode,
+    ForwardNode,
+    GraphNode,
+    LossNode,
+    MetricNode,
+    OpNode,
+    StageNode,
+    TapNode,
+)
+from gkd_dsl.types import LossType
+
+
+def verify(graph: nx.MultiDiGraph) -> None:
+    """Raise GraphError where the graph breaks a rule.
+
+    It has no cycle; a key is its node's; a slot is filled once; a tap hangs on one forward of its model; a
+    loss reads loss-typed operators, one for each coefficient; a stage has one loss for each weight; what counts
+    (`valid`) is computed from the batch alone.
+    """
+    if not nx.is_directed_acyclic_graph(graph):
+        cycle = [edge[0] for edge in nx.find_cycle(graph)]
+        raise GraphError(cycle[0], f"a cycle: {' -> '.join(cycle)}")
+    for key, data in graph.nodes(data=True):
+        node = data.get("node")
+        if not isinstance(node, GraphNode) or node.key != key:
+            raise GraphError(key, f"the node here is {node!r}")
+    for tap in nodes(graph, TapNode):
+        found = inputs(graph, tap.key)
+        forward = graph.nodes[found["forward"]]["node"] if set(found) == {"forward"} else None
+        if not isinstance(forward, ForwardNode) or forward.model != tap.model:
+            raise GraphError(tap.key, f"a tap of {tap.model} hangs on {found}")
+    for loss in nodes(graph, LossNode):
+        _numbered(graph, loss.key, len(loss.coefficients), inputs(graph, loss.key), _is_loss)
+    for stage in nodes(graph, StageNode):
+        slots = {slot: key for slot, key in inputs(graph, stage.key).items() if slot.isdigit()}
+        _numbered(graph, stage.key, len(stage.weights), slots, lambda node: isinstance(node, LossNode))
+    for op in (*nodes(graph, OpNode), *nodes(graph, MetricNode)):
+        slots = inputs(graph, op.key)
+        valid = slots.get("valid")
+        if valid is not None:
+            _from_batch(graph, op.key, valid)
+        if isinstance(op, OpNode) and op.op == "project" and set(slots) != {"x", "block"}:
+            raise GraphError(op.key, f"a projection has the inputs {slots}")
+
+
+def _is_loss(node: object) -> bool:
+    return isinstance(node, OpNode) and isinstance(node.type, LossType)
+
+
+def _numbered(graph: nx.MultiDiGraph, key: str, count: int, slots: dict[str, str], fits) -> None:  # noqa: ANN001
+    if list(slots) != [str(number) for number in range(count)]:
+        raise GraphError(key, f"{count} weights for the inputs {slots}")
+    for slot, producer in slots.items():
+        if not fits(graph.nodes[producer]["node"]):
+            raise GraphError(key, f"slot {slot} holds {producer}")
+
+
+def _from_batch(graph: nx.MultiDiGraph, key: str, valid: str) -> None:
+    for source in (valid, *nx.ancestors(graph, valid)):
+        node = graph.nodes[source]["node"]
+        if not isinstance(node, BatchNode | OpNode) or (isinstance(node, OpNode) and graph.in_degree(source) == 0):
+            raise GraphError(key, f"what counts depends on {source}")
