@@ -1,0 +1,224 @@
+"""One process: the CPU, or the GPU that is there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from gkd_dsl.runtime.backends.base import Settings, StepResult
+from gkd_dsl.runtime.errors import CANNOT_RUN, NOT_FINITE, OUT_OF_MEMORY, RunError, out_of_memory
+from gkd_dsl.runtime.models.checkpointing import set_checkpointing
+from gkd_dsl.runtime.optim import make_optimizer
+from gkd_dsl.runtime.step import Batch, StepModule, StepOutput
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from gkd_dsl.graph.nodes import OptimSpec
+from gkd_dsl.schedules import Clock
+
+
+def device_of(name: str) -> torch.device:
+    """The device of a setting. Raises RunError where it is not there."""
+    there = torch.cuda.is_available()
+    if name == "cuda" and not there:
+        raise RunError(CANNOT_RUN, "`device = cuda`, and torch sees no GPU here", "write `device = auto`")
+    return torch.device("cuda" if there and name != "cpu" else "cpu")
+
+
+class LocalBackend:
+    """Runs the steps of a stage in this process."""
+
+    def __init__(self, settings: Settings | None = None) -> None:
+        self.settings = settings if settings is not None else Settings()
+        self.device = device_of(self.settings.device)
+        self._step: StepModule | None = None
+        self._optim: OptimSpec | None = None
+        self._optimizer: torch.optim.Optimizer | None = None
+        self._named: list[tuple[str, torch.nn.Parameter]] = []
+
+    def place(self, model: PreTrainedModel) -> PreTrainedModel:
+        """The model on the device."""
+        return model.to(self.device)  # type: ignore[arg-type]
+
+    def begin(self, step: StepModule, optim: OptimSpec) -> None:
+        """Take a stage's step, in train mode, and make its optimiser."""
+        step.to(self.device).train()
+        if self.settings.checkpoint:
+            for name, model in step.models.items():
+                try:
+                    set_checkpointing(model, True)
+                except ValueError as error:
+                    raise RunError(CANNOT_RUN, f"`checkpoint = true`, and model `{name}` cannot: {error}") from error
+        self._step, self._optim = step, optim
+        self._named = step.trainable()
+        self._optimizer = make_optimizer(optim, self._named)
+
+    def step(self, batches: Sequence[Batch], clock: Clock, rate: float) -> StepResult:
+        """One optimiser step over all micro-batches.
+
+        Raises RunError: a loss or a gradient that is not finite, or too little memory. Nothing is updated then.
+        """
+        step, optimizer, optim = self._held()
+        try:
+            return self._train(step, optimizer, optim, batches, clock, rate)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            optimizer.zero_grad(set_to_none=True)
+            raise RunError(OUT_OF_MEMORY, *_memory_words(batches, self.device, self.settings)) from error
+
+    def taps_context(self) -> AbstractContextManager[object]:
+        """Autocast to bf16 where the precision says so."""
+        if self.settings.precision == "bf16":
+            return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return nullcontext()
+
+    def move(self, batch: Batch) -> dict[str, Tensor]:
+        """A batch on the device."""
+        return {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """The optimiser's tensors by `what/parameter`; parameters that had no gradient yet have none."""
+        _, optimizer, _ = self._held()
+        return {
+            f"{what}/{name}": value
+            for name, parameter in self._named
+            for what, value in optimizer.state.get(parameter, {}).items()
+            if isinstance(value, Tensor)
+        }
+
+    def load_optimizer_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put the optimiser's tensors back, bit for bit."""
+        _, optimizer, _ = self._held()
+        parameters = dict(self._named)
+        for key, value in tensors.items():
+            what, _, name = key.partition("/")
+            parameter = parameters[name]
+            # torch keeps its step counter on the CPU.
+            placed = value.clone() if value.ndim == 0 else value.to(parameter.device, copy=True)
+            optimizer.state[parameter][what] = placed
+
+    def end(self) -> None:
+        """Let go of the stage."""
+        if self._step is None:
+            return
+        if self.settings.checkpoint:
+            for model in self._step.models.values():
+                set_checkpointing(model, False)
+        for _, parameter in self._named:
+            parameter.grad = None
+        self._step.release()
+        self._step.eval()
+        self._step, self._optimizer, self._optim, self._named = None, None, None, []
+
+    def _held(self) -> tuple[StepModule, torch.optim.Optimizer, OptimSpec]:
+        if self._step is None or self._optimizer is None or self._optim is None:
+            raise RuntimeError("the backend holds no stage: call begin first")
+        return self._step, self._optimizer, self._optim
+
+    def _train(
+        self,
+        step: StepModule,
+        optimizer: torch.optim.Optimizer,
+        optim: OptimSpec,
+        batches: Sequence[Batch],
+        clock: Clock,
+        rate: float,
+    ) -> StepResult:
+        denominators = step.denominators(batches, clock)
+        sums: dict[str, Tensor] = {}
+        weights: dict[str, float] = {}
+        total: Tensor | None = None
+        for batch in batches:
+            with self.taps_context():
+                out = step(self.move(batch), clock, denominators)
+            if out.loss.requires_grad:
+                out.loss.backward()
+            weights = out.weights
+            total = out.loss.detach() if total is None else total + out.loss.detach()
+            for name, value in out.terms.items():
+                sums[name] = sums[name] + value if name in sums else value
+            del out
+        if total is None:
+            raise ValueError("a step needs a micro-batch")
+        parameters = [parameter for _, parameter in self._named]
+        norm = _gradient_norm(parameters, total)
+        # One transfer from the device for all numbers of the step.
+        *values, loss, size = torch.stack(
+            [*(v.double() for v in sums.values()), total.double(), norm.double()]
+        ).tolist()
+        terms = dict(zip(sums, values, strict=True))
+        if not (math.isfinite(loss) and math.isfinite(size)):
+            self._refuse(step, batches, clock, denominators, terms, optimizer)
+        if optim.clip is not None:
+            gradients = [p for p in parameters if p.grad is not None]
+            torch.nn.utils.clip_grads_with_norm_(gradients, optim.clip, norm)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return StepResult(loss, terms, weights, size)
+
+    def _refuse(
+        self,
+        step: StepModule,
+        batches: Sequence[Batch],
+        clock: Clock,
+        denominators: Mapping[str, int],
+        terms: Mapping[str, float],
+        optimizer: torch.optim.Optimizer,
+    ) -> None:
+        """Raise an error that names the term that is not finite, or whose gradient is not."""
+        at = f"in step {clock.step + 1} of stage `{step.plan.name}`"
+        bad = next((name for name, value in terms.items() if not math.isfinite(value)), None)
+        hint = "the model is as it was before this step; a lower learning rate or `precision = fp32` may help"
+        if bad is not None:
+            optimizer.zero_grad(set_to_none=True)
+            raise RunError(NOT_FINITE, f"loss `{bad}` is {terms[bad]} {at}", hint)
+        parameter = (
+            next(name for name, p in self._named if p.grad is not None and not bool(torch.isfinite(p.grad).all()))
+            if any(p.grad is not None and not bool(torch.isfinite(p.grad).all()) for _, p in self._named)
+            else None
+        )
+        optimizer.zero_grad(set_to_none=True)
+        term = None
+        for batch in batches:
+            with self.taps_context():
+                out = step(self.move(batch), clock, denominators)
+            term = term or self._term_at_fault(out)
+        subject = f"the gradient of loss `{term}`" if term else "the gradient"
+        where = f" (first at `{parameter}`)" if parameter else ""
+        raise RunError(NOT_FINITE, f"{subject} is not finite {at}{where}", hint)
+
+    def _term_at_fault(self, out: StepOutput) -> str | None:
+        """The first loss whose own gradient is not finite."""
+        parameters = [parameter for _, parameter in self._named]
+        for name, value in out.values.items():
+            if not value.requires_grad:
+                continue
+            found = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
+            if any(g is not None and not bool(torch.isfinite(g).all()) for g in found):
+                return name
+        return None
+
+
+def _gradient_norm(parameters: Sequence[torch.nn.Parameter], like: Tensor) -> Tensor:
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if not gradients:
+        return torch.zeros((), device=like.device)
+    return torch.nn.utils.get_total_norm(gradients)
+
+
+def _memory_words(batches: Sequence[Batch], device: torch.device, settings: Settings) -> tuple[str, str]:
+    rows = max(batch["input_ids"].shape[0] for batch in batches if "input_ids" in batch)
+    length = max(batch["input_ids"].shape[1] for batch in batches if "input_ids" in batch)
+    options = [f"lower `batch_size` to {max(1, rows // 2)} and double `accumulate` (the losses stay the same)"]
+    options.append("lower `max_length`")
+    if not settings.checkpoint:
+        options.append("set `checkpoint = true` in `runtime`")
+    if settings.precision == "fp32":
+        options.append("set `precision = bf16`")
+    where = "the GPU" if device.type == "cuda" else "this machine"
+    return f"{where} has too little memory for a micro-batch of {rows} texts of {length} tokens", ", or ".join(options)

@@ -1,0 +1,112 @@
+"""The compiled step for people with a training loop of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from types import TracebackType
+
+from gkd_dsl.runtime.step import Batch, StepModule
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from gkd_dsl.graph.plan import StagePlan
+from gkd_dsl.schedules import Clock
+
+
+class Distiller:
+    """A stage's objective as a function of a batch.
+
+    ```python
+    distiller = Distiller(plan, {"t": teacher, "s": student})
+    optimizer = torch.optim.AdamW(distiller.parameters(), lr=5e-5)
+    for step, batch in enumerate(batches):
+        distiller.step_to(step, len(batches))
+        distiller(batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    ```
+
+    `models` are the models of the stage by their names in the spec, on one device. The trained ones are put in train
+    mode, the others in eval mode; what the stage does not train has `requires_grad` False until `close`, which the
+    end of a `with` block calls. `projections` (by name) are made unless given.
+
+    Raises KeyError for a model of the stage that is missing.
+    """
+
+    def __init__(
+        self,
+        plan: StagePlan,
+        models: Mapping[str, PreTrainedModel],
+        projections: Mapping[str, nn.Module] | None = None,
+    ) -> None:
+        missing = [node.name for node in plan.models if node.name not in models]
+        if missing:
+            raise KeyError(f"the stage `{plan.name}` needs the model `{missing[0]}`")
+        self.plan = plan
+        self.module = StepModule(plan, models, projections)
+        first = next(iter(models.values()))
+        for block in self.module.projections.values():
+            block.to(device=first.device)
+        self.module.train()
+        self._clock = Clock(0, 1, 1.0)
+        self._terms: dict[str, Tensor] = {}
+        self._weights: dict[str, float] = {}
+
+    def __call__(self, batch: Batch, denominators: Mapping[str, int] | None = None) -> Tensor:
+        """The objective on a batch of tensors on the models' device: a scalar with its gradient.
+
+        When gradients are accumulated over micro-batches, give each the `denominators` of all of them.
+
+        Raises RunError: a column is missing, or (first batch) a tensor is not of the shape that the plan says.
+        """
+        counts = denominators if denominators is not None else self.denominators([batch])
+        out = self.module(batch, self._clock, counts)
+        self._terms, self._weights = out.terms, out.weights
+        return out.loss
+
+    @property
+    def terms(self) -> dict[str, Tensor]:
+        """Each loss of the latest call before its weight, detached."""
+        return self._terms
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weight of each loss in the latest call."""
+        return self._weights
+
+    @property
+    def projections(self) -> dict[str, nn.Module]:
+        """The projections by name; they train, and are no part of the student."""
+        return self.module.projections
+
+    def denominators(self, batches: Sequence[Batch]) -> dict[str, int]:
+        """How many positions of each loss count in all these micro-batches."""
+        return self.module.denominators(batches, self._clock)
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """What trains, by name."""
+        yield from self.module.trainable()
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """What trains: the student (or the parts that the stage names) and the projections."""
+        for _, parameter in self.named_parameters():
+            yield parameter
+
+    def step_to(self, step: int, total: int, *, steps_per_epoch: float | None = None, tokens: int = 0) -> None:
+        """Set the clock of the schedules: `step` optimiser steps of `total` are done.
+
+        `steps_per_epoch` matters to durations in epochs (one epoch unless given), `tokens` to those in tokens.
+        """
+        self._clock = Clock(step, total, steps_per_epoch if steps_per_epoch is not None else float(total), tokens)
+
+    def close(self) -> None:
+        """Give every parameter the `requires_grad` that it had before."""
+        self.module.release()
+
+    def __enter__(self) -> Distiller:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

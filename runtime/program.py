@@ -1,0 +1,175 @@
+"""The interpreter of a plan's instructions over an environment of named tensors."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from gkd_dsl.runtime.errors import SHAPES, RunError
+from gkd_dsl.runtime.ops.registry import Operator, functions
+from torch import Tensor, nn
+
+from gkd_dsl.graph.nodes import AttrValue
+from gkd_dsl.graph.plan import Apply, Free, Instruction, Run
+from gkd_dsl.schedules import Clock
+from gkd_dsl.types import Dim, LossType, TensorType, ValueType
+
+Env = dict[str, Tensor]
+_REDUCTION_ONLY = ("token_weight", "sample_weight")
+
+
+class Program:
+    """Instructions with the functions and the projections that they name.
+
+    `projections` holds the modules by the name and by the key of their node, `gives` the keys of the taps of each
+    forward. Schedules among the attributes are evaluated at the clock of the step.
+    """
+
+    def __init__(
+        self,
+        instructions: Sequence[Instruction],
+        projections: Mapping[str, nn.Module],
+        gives: Mapping[str, Collection[str]],
+    ) -> None:
+        self.instructions = tuple(instructions)
+        self._projections = projections
+        self._gives = gives
+        table = functions()
+        applied = {i.op for i in self.instructions if isinstance(i, Apply)}
+        self._functions: dict[str, Operator] = {op: table[op] for op in applied}
+        self._slots = {op: _accepted(function) for op, function in self._functions.items()}
+        self._needed: dict[frozenset[str], tuple[Instruction, ...]] = {}
+
+    def run(
+        self,
+        env: Env,
+        clock: Clock,
+        forward: Callable[[str, Env], None],
+        *,
+        wanted: Collection[str] | None = None,
+        see: Callable[[str, ValueType, Tensor], None] | None = None,
+    ) -> None:
+        """Run over `env`, which holds the batch; `forward` puts the taps of a forward into it.
+
+        With `wanted`, only what these keys need is run. `see` is shown each result, and may take it out.
+        """
+        instructions = self.instructions if wanted is None else self._for(frozenset(wanted))
+        for instruction in instructions:
+            if isinstance(instruction, Run):
+                forward(instruction.forward, env)
+            elif isinstance(instruction, Free):
+                for key in instruction.keys:
+                    env.pop(key, None)
+            else:
+                value = self._apply(instruction, env, clock)
+                env[instruction.key] = value
+                if see is not None:
+                    see(instruction.key, instruction.type, value)
+
+    def _apply(self, step: Apply, env: Env, clock: Clock) -> Tensor:
+        inputs: dict[str, Any] = {}
+        for slot, key in step.inputs:
+            if step.op == "project" and slot == "block":
+                inputs[slot] = self._projections[key]
+            elif not self._left_out(step, slot):
+                inputs[slot] = env[key]
+        attrs = {name: _plain(value, clock) for name, value in step.attrs}
+        for name in ("dims", "causal"):
+            if name in attrs and not self._takes(step.op, name):
+                del attrs[name]
+        function = self._functions[step.op]
+        if step.op == "project":
+            return function(**inputs, **attrs)
+        # A loss in bf16 would lose what separates student and teacher; only forwards and projections are cast.
+        device = next((value.device.type for value in inputs.values() if isinstance(value, Tensor)), "cpu")
+        if not torch.is_autocast_enabled(device):
+            return function(**inputs, **attrs)
+        with torch.autocast(device, enabled=False):
+            return function(**inputs, **attrs)
+
+    def _left_out(self, step: Apply, slot: str) -> bool:
+        """Whether an input is for the reduction alone."""
+        if isinstance(step.type, LossType) and slot in _REDUCTION_ONLY:
+            return True
+        return slot == "valid" and not self._takes(step.op, slot)
+
+    def _takes(self, op: str, slot: str) -> bool:
+        slots = self._slots[op]
+        return slots is None or slot in slots
+
+    def _for(self, wanted: frozenset[str]) -> tuple[Instruction, ...]:
+        if wanted not in self._needed:
+            self._needed[wanted] = _slice(self.instructions, wanted, self._gives)
+        return self._needed[wanted]
+
+
+def _slice(
+    instructions: tuple[Instruction, ...], wanted: frozenset[str], gives: Mapping[str, Collection[str]]
+) -> tuple[Instruction, ...]:
+    """The instructions that `wanted` needs."""
+    needed = set(wanted)
+    kept: list[Instruction] = []
+    for instruction in reversed(instructions):
+        if isinstance(instruction, Apply):
+            if instruction.key not in needed:
+                continue
+            needed |= {key for _, key in instruction.inputs}
+        elif isinstance(instruction, Run) and needed.isdisjoint(gives[instruction.forward]):
+            continue
+        kept.append(instruction)
+    return tuple(reversed(kept))
+
+
+@cache
+def _accepted(function: Operator) -> frozenset[str] | None:
+    """The names a function takes; None where it takes any."""
+    parameters = inspect.signature(function).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return None
+    return frozenset(parameters)
+
+
+def _plain(value: AttrValue, clock: Clock) -> Any:
+    if hasattr(value, "value") and callable(value.value):
+        return value.value(clock)
+    return value
+
+
+class ShapeCheck:
+    """Compares shapes with what the plan says, `B` and `L` bound on one batch.
+
+    `names` gives what a user calls a key, where that differs.
+    """
+
+    def __init__(self, batch: int, length: int | None, names: Mapping[str, str] | None = None) -> None:
+        self._bound = {"B": batch, "L": length}
+        self._names = names or {}
+
+    def __call__(self, key: str, type: TensorType | LossType, value: Tensor) -> None:
+        """Raises RunError where the tensor is not of the type."""
+        expected = [self._bound.get(dim.name, dim.size) for dim in type.dims]
+        if len(expected) == value.ndim and all(
+            size is None or size == got for size, got in zip(expected, value.shape, strict=True)
+        ):
+            return
+        axes = ", ".join(_axis(dim, size) for dim, size in zip(type.dims, expected, strict=True))
+        origins = list(dict.fromkeys(dim.origin for dim in type.dims if dim.origin))
+        raise RunError(
+            SHAPES,
+            f"`{self._names.get(key, key)}` should be [{axes}] and is {list(value.shape)} in the first batch",
+            f"the sizes come from {'; '.join(origins)}" if origins else "",
+        )
+
+
+def _axis(dim: Dim, size: int | None) -> str:
+    if size is None:
+        return dim.name
+    return f"{dim.name} = {size}" if dim.name else str(size)
+
+
+def batch_keys(batch: Mapping[str, Tensor]) -> Env:
+    """The columns of a batch under their keys in the environment."""
+    return {f"batch/{column}": value for column, value in batch.items()}

@@ -1,0 +1,314 @@
+"""All stages of a spec: models made, trained and handed on; state saved and taken up again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from gkd_dsl.runtime import checkpoint, rng
+from gkd_dsl.runtime.backends.base import Backend, Settings
+from gkd_dsl.runtime.backends.local import LocalBackend
+from gkd_dsl.runtime.checkpoint import Position, State
+from gkd_dsl.runtime.errors import CANNOT_RUN, CHECKPOINT, RunError, Stopped
+from gkd_dsl.runtime.evaluate import Evaluator
+from gkd_dsl.runtime.fingerprint import fingerprint
+from gkd_dsl.runtime.interrupt import StopRequest
+from gkd_dsl.runtime.logs import RunLog, evaluations
+from gkd_dsl.runtime.loop import Loader, StageLoop, length_of
+from gkd_dsl.runtime.models.load import load, load_tokenizer
+from gkd_dsl.runtime.records import EvaluateRecord, Listener, StageRecord, StepRecord
+from gkd_dsl.runtime.run_folder import RunFolder
+from gkd_dsl.runtime.step import StepModule, make_projections
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from gkd_dsl.graph.nodes import ModelNode
+from gkd_dsl.graph.plan import SpecPlan, StagePlan
+from gkd_dsl.models.describe import describe
+from gkd_dsl.models.info import ModelInfo
+
+Loaders = Callable[[StagePlan], Loader]
+
+
+@dataclass
+class RunResult:
+    """What a run leaves in memory: the models and projections by name, the loaders and last metrics by stage."""
+
+    models: dict[str, PreTrainedModel]
+    projections: dict[str, nn.Module]
+    loaders: dict[str, Loader]
+    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+class Run:
+    """A spec being run.
+
+    Models are made when a stage first needs them: a student cut out of a teacher that an earlier stage trains starts
+    from what was trained. `loaders` and `models` replace what would be made from the plan; `root` is the folder that
+    relative paths of data start from. Without a folder nothing is saved.
+    """
+
+    def __init__(
+        self,
+        plan: SpecPlan,
+        *,
+        folder: RunFolder | None = None,
+        root: Path | None = None,
+        listeners: Sequence[Listener] = (),
+        backend: Backend | None = None,
+        loaders: Loaders | None = None,
+        models: Mapping[str, PreTrainedModel] | None = None,
+    ) -> None:
+        if plan.backend != "local":
+            raise RunError(
+                CANNOT_RUN, f"the backend `{plan.backend}` is not in this version", "write `backend = local`"
+            )
+        self.plan, self.folder, self.root = plan, folder, root if root is not None else Path.cwd()
+        self.backend: Backend = backend if backend is not None else LocalBackend(Settings.of(plan.runtime))
+        self.models: dict[str, PreTrainedModel] = {
+            name: self.backend.place(model) for name, model in (models or {}).items()
+        }
+        self.projections: dict[str, nn.Module] = {}
+        self.loaders: dict[str, Loader] = {}
+        self._given, self._listeners = loaders, tuple(listeners)
+        self._infos, self._seeds = _models(plan)
+        self._fingerprint = fingerprint(plan)
+        self._changed: set[str] = set()
+        self._best: dict[str, dict[str, Tensor]] = {}
+        self._metrics = _Latest()
+
+    def run(self, *, resume: bool = False) -> RunResult:
+        """Run all stages, or go on from the last checkpoint of the folder.
+
+        Raises Stopped when asked to stop (the state is saved then), and RunError: another spec's checkpoint, a loss
+        that is not finite, too little memory, a folder that cannot be written.
+        """
+        state = self._saved() if resume else None
+        with ExitStack() as stack:
+            listeners = [*self._listeners, self._metrics]
+            if self.folder is not None:
+                listeners.insert(0, RunLog(self.folder, state.position if state is not None else None))
+            for listener in listeners:
+                stack.callback(listener.close)
+            stop = stack.enter_context(StopRequest())
+            if state is not None and self.folder is not None:
+                for record in evaluations(self.folder):
+                    self._metrics.on_evaluate(record)
+                self._restore(state)
+            for stage in self.plan.stages:
+                order = stage.stage.order
+                if state is not None and order < state.position.order:
+                    continue
+                if state is not None and order == state.position.order:
+                    if not state.position.finished:
+                        self._stage(stage, listeners, stop, state)
+                    continue
+                self._stage(stage, listeners, stop, None)
+        return RunResult(self.models, self.projections, self.loaders, self._metrics.found)
+
+    def loader(self, plan: StagePlan) -> Loader:
+        """The batches of a stage."""
+        if plan.name not in self.loaders:
+            self.loaders[plan.name] = self._given(plan) if self._given is not None else _loader(plan, self.root)
+        return self.loaders[plan.name]
+
+    def model(self, name: str) -> PreTrainedModel:
+        """A model of the spec, made when first asked for."""
+        if name not in self.models:
+            info = self._infos[name]
+            base = info.build.base
+            if info.build.kind == "truncated" and base is not None and base not in self._infos:
+                # The plan leaves out a model that no stage runs.
+                self._infos[base] = describe(info.path or info.location)
+                self._seeds[base] = self._seeds[name]
+            if info.build.kind == "truncated" and base is not None:
+                self.model(base)
+            self.models[name] = self.backend.place(load(info, models=self.models, seed=self._seeds[name]))
+            if info.build.kind == "truncated":
+                self._changed.add(name)
+        return self.models[name]
+
+    def _stage(self, plan: StagePlan, listeners: Sequence[Listener], stop: StopRequest, state: State | None) -> None:
+        loader = self.loader(plan)
+        length = length_of(plan.stage, loader)
+        if plan.stage.evaluate and next(iter(loader.held_out()), None) is None:
+            raise RunError(
+                CANNOT_RUN,
+                f"stage `{plan.name}` evaluates, and its source holds nothing out",
+                "add `held_out = 10%` to the source",
+            )
+        models = {node.name: self.model(node.name) for node in plan.models}
+        self._make_projections(plan)
+        step = StepModule(plan, models, {node.name: self.projections[node.name] for node in plan.projections})
+        self._changed |= set(step.trained)
+        self.backend.begin(step, plan.stage.optim)
+        position = state.position if state is not None else Position(plan.name, plan.stage.order)
+        try:
+            if state is not None:
+                self.backend.load_optimizer_state(state.optimizer)
+            elif self.folder is not None:
+                self.folder.checkpoints.drop_best()
+            record = StageRecord(
+                plan.name,
+                plan.stage.order,
+                len(self.plan.stages),
+                position.step,
+                length.total_steps,
+                tuple(loss.name for loss in plan.losses),
+                tuple(item.metric.name for item in plan.metrics),
+                sum(parameter.numel() for _, parameter in step.trainable()),
+            )
+            for listener in listeners:
+                listener.on_stage(record)
+            loop = StageLoop(
+                plan,
+                loader,
+                self.backend,
+                position,
+                length,
+                evaluator=Evaluator(plan, models, step.projections),
+                listeners=listeners,
+                save=self._save,
+                restore_best=self._restore_best,
+                stopping=lambda: stop.asked,
+            )
+            # The last thing before the first step, so that nothing above draws from these generators.
+            if state is not None:
+                rng.set_state(state.rng)
+            else:
+                rng.seed_all(plan.stage.seed)
+            if not loop.run():
+                folder = self.folder.path if self.folder is not None else None
+                raise Stopped(plan.name, position.step, length.total_steps, folder)
+        finally:
+            self.backend.end()
+
+    def _make_projections(self, plan: StagePlan) -> None:
+        new = [node for node in plan.projections if node.name not in self.projections]
+        made = make_projections(new, plan.stage.seed)
+        device = self.backend.device
+        self.projections |= {name: block.to(device) for name, block in made.items()}
+
+    def _tensors(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+        models = {name: checkpoint.module_tensors(self.models[name]) for name in sorted(self._changed)}
+        blocks = {
+            f"{name}/{part}": value
+            for name, block in self.projections.items()
+            for part, value in checkpoint.module_tensors(block).items()
+        }
+        return models, blocks
+
+    def _save(self, position: Position, best: bool) -> None:
+        models, blocks = self._tensors()
+        if self.folder is None:
+            if best:
+                self._best = {
+                    name: {part: value.clone() for part, value in tensors.items()}
+                    for name, tensors in {**models, "": blocks}.items()
+                }
+            return
+        state = State(position, models, blocks, self.backend.optimizer_state(), rng.get_state(), self._fingerprint)
+        self.folder.checkpoints.save(state, best=best)
+
+    def _restore_best(self, position: Position) -> None:
+        """Put the weights of the best evaluation of the stage back."""
+        if self.folder is None:
+            models, blocks = {name: t for name, t in self._best.items() if name}, self._best[""]
+        else:
+            path = self.folder.checkpoints.pointed("best")
+            if path is None:
+                raise RunError(CHECKPOINT, f"the best checkpoint of stage `{position.stage}` is gone")
+            state = checkpoint.read(path)
+            models, blocks = state.models, state.projections
+        self._load(models, blocks)
+
+    def _saved(self) -> State:
+        if self.folder is None:
+            raise RunError(CHECKPOINT, "there is no run folder to go on from")
+        path = self.folder.checkpoints.pointed("last")
+        if path is None:
+            raise RunError(CHECKPOINT, f"{self.folder.path} holds no checkpoint")
+        state = checkpoint.read(path)
+        checkpoint.refuse_other_spec(state.spec, self._fingerprint, path)
+        return state
+
+    def _restore(self, state: State) -> None:
+        for plan in self.plan.stages:
+            if plan.stage.order <= state.position.order:
+                self._make_projections(plan)
+        for name in state.models:
+            self.model(name)
+        self._changed |= set(state.models)
+        self._load(state.models, state.projections)
+
+    def _load(self, models: Mapping[str, Mapping[str, Tensor]], blocks: Mapping[str, Tensor]) -> None:
+        for name, tensors in models.items():
+            checkpoint.load_module(self.models[name], tensors, f"model `{name}`")
+        for name, block in self.projections.items():
+            prefix = f"{name}/"
+            own = {key.removeprefix(prefix): value for key, value in blocks.items() if key.rpartition("/")[0] == name}
+            checkpoint.load_module(block, own, f"projection `{name}`")
+
+
+class _Latest:
+    """Keeps the metrics of each stage: those of its best step where one is chosen, else the last."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, dict[str, float]] = {}
+        self._best: set[str] = set()
+
+    def on_stage(self, record: StageRecord) -> None:
+        """Nothing to keep."""
+
+    def on_step(self, record: StepRecord) -> None:
+        """Nothing to keep."""
+
+    def on_evaluate(self, record: EvaluateRecord) -> None:
+        """Keep the metrics."""
+        if record.best:
+            self._best.add(record.stage)
+            self.found[record.stage] = dict(record.metrics)
+        elif record.stage not in self._best:
+            self.found.setdefault(record.stage, {}).update(record.metrics)
+
+    def close(self) -> None:
+        """Nothing to let go of."""
+
+
+def _models(plan: SpecPlan) -> tuple[dict[str, ModelInfo], dict[str, int]]:
+    """What is known of each model, and the seed of the first stage that uses it."""
+    infos: dict[str, ModelInfo] = {}
+    seeds: dict[str, int] = {}
+    for stage in plan.stages:
+        for node in stage.models:
+            infos.setdefault(node.name, node.info)
+            seeds.setdefault(node.name, stage.stage.seed)
+    return infos, seeds
+
+
+def student_of(plan: StagePlan) -> ModelNode:
+    """The model whose tokenizer reads the stage's source: the first that the stage trains."""
+    trained = [target.name for target in plan.stage.trains if target.kind == "model"]
+    names = [node.name for node in plan.models]
+    chosen: Iterable[str] = [name for name in trained if name in names] or names
+    return next(node for node in plan.models if node.name == next(iter(chosen)))
+
+
+def _loader(plan: StagePlan, root: Path) -> Loader:
+    from gkd_dsl.runtime.data.loader import make_loader
+
+    if plan.stage.source is None:
+        raise RunError(CANNOT_RUN, f"stage `{plan.name}` has no source")
+    node = student_of(plan)
+    return make_loader(
+        plan.stage,
+        plan.stage.source,
+        load_tokenizer(node.info),
+        task=node.info.task,
+        columns=plan.columns,
+        seed=plan.stage.seed,
+        root=root,
+        classes=node.info.size("C"),
+    )
