@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import unicodedata
 from collections.abc import Iterable
@@ -74,9 +75,15 @@ def _help(fix: Fix, paint: Any) -> list[str]:
 
 
 def _changes(before: str, after: str) -> list[tuple[str, str]]:
-    import difflib
-
     old, new = before.splitlines(), after.splitlines()
+    # An edit touches few lines: what is alike at both ends need not be searched through.
+    head = next((i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new)))
+    old, new = old[head:], new[head:]
+    tail = next(
+        (i for i, (a, b) in enumerate(zip(reversed(old), reversed(new), strict=False)) if a != b),
+        min(len(old), len(new)),
+    )
+    old, new = old[: len(old) - tail], new[: len(new) - tail]
     found: list[tuple[str, str]] = []
     for kind, a, b, c, d in difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
         if kind == "insert":
@@ -84,10 +91,22 @@ def _changes(before: str, after: str) -> list[tuple[str, str]]:
         elif kind == "delete":
             found += [("-", line) for line in old[a:b]]
         elif kind == "replace":
-            # As many new lines as old ones: each is a change; the others are added.
-            found += [("~" if index < b - a else "+", line) for index, line in enumerate(new[c:d])]
+            # As many new lines as old ones are changes, those most like them; the others are added.
+            changed = _nearest(old[a:b], new[c:d])
+            found += [("~" if index in changed else "+", line) for index, line in enumerate(new[c:d])]
             found += [("-", line) for line in old[a + (d - c) : b]]
     return [(sign, _visible(line)) for sign, line in found]
+
+
+def _nearest(old: list[str], new: list[str]) -> set[int]:
+    """Which of the new lines are the old ones, changed."""
+    if len(old) >= len(new) or len(new) > 20:
+        return set(range(min(len(old), len(new))))
+    found: set[int] = set()
+    for line in old:
+        left = [index for index in range(len(new)) if index not in found]
+        found.add(max(left, key=lambda i: (difflib.SequenceMatcher(None, line[:200], new[i][:200]).ratio(), -i)))
+    return found
 
 
 def _visible(line: str) -> str:
@@ -115,9 +134,7 @@ def as_data(diagnostic: Diagnostic) -> dict[str, Any]:
         "code": diagnostic.code,
         "severity": diagnostic.severity,
         "message": diagnostic.message,
-        "labels": [
-            {**_place(label.span), "text": label.text, "primary": label.primary} for label in diagnostic.labels
-        ],
+        "labels": [{**_place(label.span), "text": label.text, "primary": label.primary} for label in diagnostic.labels],
         "notes": [
             {"text": note.text, **({"place": _place(note.span)} if note.span is not None else {})}
             for note in diagnostic.notes

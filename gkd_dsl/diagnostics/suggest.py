@@ -43,8 +43,11 @@ def _one_edit(a: str, b: str) -> bool:
         different = [i for i in range(len(a)) if a[i] != b[i]]
         if len(different) == 1:
             return len(a) > 2
-        return len(different) == 2 and different[1] == different[0] + 1 and a[different[0]] == b[different[1]] and (
-            a[different[1]] == b[different[0]]
+        return (
+            len(different) == 2
+            and different[1] == different[0] + 1
+            and a[different[0]] == b[different[1]]
+            and (a[different[1]] == b[different[0]])
         )
     short, long = (a, b) if len(a) < len(b) else (b, a)
     return len(short) > 1 and any(long[:i] + long[i + 1 :] == short for i in range(len(long)))

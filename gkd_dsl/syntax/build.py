@@ -105,7 +105,10 @@ class ExpressionBuilder:
 
     def _too_large(self, token: Token) -> int:
         self.diagnostics.error(
-            "E0119", "this number is too large", self.span(token), "an integer has at most 18 digits, a number is < 1e308"
+            "E0119",
+            "this number is too large",
+            self.span(token),
+            "an integer has at most 18 digits, a number is < 1e308",
         )
         return 0
 
@@ -238,6 +241,7 @@ class ExpressionBuilder:
     def args(self, tree: Tree | None) -> tuple[ast.Arg, ...]:
         """The arguments of a call; one without a name may not follow one that has it."""
         found: list[ast.Arg] = []
+        named = False
         for child in tree.children if tree is not None else ():
             if child is None:
                 continue
@@ -245,10 +249,10 @@ class ExpressionBuilder:
             if child.data == "keyword":
                 name, value = cast("tuple[Token, Tree]", child.children)
                 found.append(ast.Arg(self.span(child), self.ident(name), self._expression(value)))
+                named = True
                 continue
             arg = ast.Arg(self.outer(child), None, self._expression(child))
-            named = next((other for other in found if other.name is not None), None)
-            if named is not None:
+            if named:
                 self.diagnostics.error(
                     "E0125",
                     "an argument without a name stands after one with a name",

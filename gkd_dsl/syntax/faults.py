@@ -221,6 +221,7 @@ def _left_open(f: Fault, place: int) -> Plan:
         opener = open_here[0]
     kind, symbol = _CLOSES[opener.type]
     missing = "".join(_CLOSES[token.type][1] for token in reversed(open_here)) or "\n}"
+    put = tuple(_CLOSES[token.type] for token in reversed(open_here))
     f.error(
         "E0110",
         f"`{opener}` is never closed",
@@ -228,10 +229,9 @@ def _left_open(f: Fault, place: int) -> Plan:
         start=place,
         end=place,
         labels=(f.reader.opened(opener),),
-        fix=f.fix(f"insert `{symbol}`", place, place, missing),
+        fix=f.fix(f"insert `{symbol}`", place, place, missing) if f.reader.can(*(k for k, _ in put)) else None,
     )
     if open_here:
-        put = tuple(_CLOSES[token.type] for token in reversed(open_here))
         return Plan(put=put, at=place)
     return Plan(put=((kind, symbol),))
 
@@ -254,6 +254,8 @@ def unclosed(f: Fault) -> Plan | None:
     still = [token for token in open_here if (token.start_pos or 0) < newline]
     opener = still[0]
     symbol = _CLOSES[opener.type][1]
+    put = tuple(_CLOSES[token.type] for token in reversed(still))
+    whole = len(before) == len(f.line) and f.reader.can(*(kind for kind, _ in put))
     f.error(
         "E0110",
         f"`{opener}` is never closed",
@@ -261,11 +263,9 @@ def unclosed(f: Fault) -> Plan | None:
         start=place,
         end=place,
         labels=(f.reader.opened(opener),),
-        fix=f.fix(f"insert `{symbol}`", place, place, "".join(_CLOSES[t.type][1] for t in reversed(still))),
+        fix=f.fix(f"insert `{symbol}`", place, place, "".join(text for _, text in put)) if whole else None,
     )
-    if len(before) == len(f.line):
-        return Plan(put=tuple(_CLOSES[t.type] for t in reversed(still)), at=newline)
-    return Plan(skip=True, at=newline)
+    return Plan(put=put, at=newline) if whole else Plan(skip=True, at=newline)
 
 
 # --- the start of a statement ---
@@ -276,7 +276,9 @@ def at_statement_start(f: Fault) -> Plan | None:
     block = f.reader.block
     if not f.line:
         token, following = f.token, f.text[f.end : f.end + 200].lstrip(" \t")
-    elif len(f.line) == 1 and f.line[0].type == "NAME" and f.kind not in ("ASSIGN", "$END") and not f.reader.can("PLUS"):
+    elif (
+        len(f.line) == 1 and f.line[0].type == "NAME" and f.kind not in ("ASSIGN", "$END") and not f.reader.can("PLUS")
+    ):
         token, following = f.line[0], f.text[f.start : f.start + 200]
     else:
         return None

@@ -67,8 +67,10 @@ def slices(f: Fault) -> Plan | None:
                 fix=f.fix("write `..<`", f.start, f.end, " ..< ") if whole else None,
             )
             return Plan(put=(("UP_TO", "..<"),), at=f.end) if whole else SKIP
-        if f.previous is not None and f.previous.type == "NAME" and (
-            f.reader.mark is not None or f.first not in ("method", "loss")
+        if (
+            f.previous is not None
+            and f.previous.type == "NAME"
+            and (f.reader.mark is not None or f.first not in ("method", "loss"))
         ):
             f.error(
                 "E0105",
@@ -82,14 +84,16 @@ def slices(f: Fault) -> Plan | None:
     if not dots or not f.line:
         return None
     start = f.start if f.kind == "ELLIPSIS" else (f.previous.start_pos or 0) if f.previous is not None else f.start
+    end = f.end + (f.text[f.end : f.end + 1] == ".")
     f.error(
         "E0115",
-        f"`{f.text[start : f.end]}` is not a range",
+        f"`{f.text[start:end]}` is not a range",
         "write `..<`, without the last, or `..=`, with it",
         start=start,
-        fix=f.fix("write `..<`", start, f.end, "..<"),
+        end=end,
+        fix=f.fix("write `..<`", start, end, "..<"),
     )
-    return Plan(put=(("UP_TO", "..<"),), at=f.end, pop=0 if f.kind == "ELLIPSIS" else 1)
+    return Plan(put=(("UP_TO", "..<"),), at=end, pop=0 if f.kind == "ELLIPSIS" else 1)
 
 
 def operators(f: Fault) -> Plan | None:
@@ -106,11 +110,17 @@ def operators(f: Fault) -> Plan | None:
     if f.kind == "AMPERSAND" and previous is not None and previous.type == "AMPERSAND":
         start = previous.start_pos or 0
         f.error(
-            "E0116", "`&&` is not an operator", "write `and`", start=start, fix=f.fix("write `and`", start, f.end, "and")
+            "E0116",
+            "`&&` is not an operator",
+            "write `and`",
+            start=start,
+            fix=f.fix("write `and`", start, f.end, "and"),
         )
         return Plan(at=f.end)
     if f.kind == "FROM_TEACHER" and any(token.type == "FROM_TEACHER" for token in f.line):
-        f.error("E0123", "one `<-` to a pair", "a second one", notes=("`student_side <- teacher_side`, once in a call",))
+        f.error(
+            "E0123", "one `<-` to a pair", "a second one", notes=("`student_side <- teacher_side`, once in a call",)
+        )
         return SKIP
     if f.kind == "TO_STUDENT" and f.line and not f.reader.can("TO_STUDENT"):
         f.error(
@@ -120,15 +130,21 @@ def operators(f: Fault) -> Plan | None:
             notes=("as in `ramp(0 -> 1)`, `linear(s.H -> t.H)`; a loss compares by `s.x <- t.x`",),
         )
         return SKIP
-    if f.kind == "ASSIGN" and f.reader.mark is not None and f.reader.can("EQUALS"):
+    if f.kind == "ASSIGN" and previous is not None and previous.type == "ASSIGN" and f.end_of(previous) == f.start:
         f.error(
-            "E0120", "`=` cannot stand here", "`==` compares", fix=f.fix("write `==`", f.start, f.end, "==")
+            "E0105",
+            "`==` stands where `=` belongs",
+            "write `=`",
+            start=previous.start_pos,
+            notes=("`==` compares two values",),
+            fix=f.fix("write `=`", previous.start_pos or 0, f.end, "="),
         )
+        return Plan(at=f.end)
+    if f.kind == "ASSIGN" and f.reader.mark is not None and f.reader.can("EQUALS"):
+        f.error("E0120", "`=` cannot stand here", "`==` compares", fix=f.fix("write `==`", f.start, f.end, "=="))
         return Plan(put=(("EQUALS", "=="),), at=f.end)
     if f.kind == "DOT" and f.reader.can("INT") and f.text[f.end : f.end + 1].isdigit():
-        f.error(
-            "E0114", "a number starts with a digit", "write `0.`", fix=f.fix("write `0.`", f.start, f.end, "0.")
-        )
+        f.error("E0114", "a number starts with a digit", "write `0.`", fix=f.fix("write `0.`", f.start, f.end, "0."))
         end = f.end
         while end < len(f.text) and (f.text[end].isdigit() or f.text[end] == "_"):
             end += 1

@@ -65,7 +65,7 @@ def bad_character(f: Fault) -> Plan | None:
             fix=f.fix(f"write `{plain}`", f.start, f.end, plain),
         )
         return Plan(rewrite=(f.start, f.end, plain), at=f.start) if len(plain) == 1 else SKIP
-    if character == "!" and f.text[f.end : f.end + 1] not in ("", "="):
+    if character == "!" and f.reader.can("NOT") and f.text[f.end : f.end + 1] not in ("", "="):
         f.error("E0113", "`!` is not in the language", _ADVICE["!"], fix=f.fix("write `not`", f.start, f.end, "not "))
         return Plan(at=f.end)
     shown = f"`{character}`" if character.isprintable() else f"the character U+{ord(character):04X}"

@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 from typing import Any, cast
 
-from lark import Tree
-
 from gkd_dsl.diagnostics import Diagnostics, Edit, Fix, SpecError
 from gkd_dsl.source import Source, Span
 from gkd_dsl.syntax import ast
@@ -27,7 +25,7 @@ def parse(source: Source) -> tuple[ast.File, Diagnostics]:
     tree = read(source, "file", diagnostics)
     items: list[Any] = FileBuilder(source, diagnostics).lines(tree.children if tree is not None else [])
     header = _header(source, items, diagnostics)
-    diagnostics.found.sort(key=lambda found: (found.span.start if found.span is not None else 0))
+    diagnostics.found.sort(key=lambda found: found.span.start if found.span is not None else 0)
     declared = tuple(item for item in items if not isinstance(item, ast.Header))
     return ast.File(source, header, declared, comments(source)), diagnostics
 

@@ -46,6 +46,8 @@ class Reader:
         self.interactive = parser().parse_interactive(self.text, start=start)
         self.state = self.interactive.parser_state
         self.thread = self.interactive.lexer_thread
+        assert self.thread.state is not None
+        self.lexer_state = self.thread.state
         self.brackets: list[tuple[Token, str]] = []
         """What is open: the token, and for a `{` the keyword of its statement."""
         self.line: list[Token] = []
@@ -78,11 +80,7 @@ class Reader:
         if kind == "_NL":
             if self.inside_brackets or not self.line:
                 return
-        elif not self.line and self.block_is_unclosed(token):
-            raise UnexpectedToken(token, set())
-        elif kind in OPENERS and len(self.brackets) >= BRACKETS:
-            raise UnexpectedToken(token, set())
-        elif kind in CLOSERS and (not self.brackets or self.brackets[-1][0].type != CLOSERS[kind]):
+        elif (not self.line and self.block_is_unclosed(token)) or (kind in OPENERS and len(self.brackets) >= BRACKETS) or (kind in CLOSERS and (not self.brackets or self.brackets[-1][0].type != CLOSERS[kind])):
             raise UnexpectedToken(token, set())
         self.feed(token)
 
@@ -193,7 +191,10 @@ class Reader:
     def give_up(self, place: int) -> bool:
         """Leave the rest unread, with a note that says so."""
         self.diagnostics.error(
-            "E0130", f"more than {ERRORS} syntax errors; the rest is not read", self.span(place, place + 1), "stopped here"
+            "E0130",
+            f"more than {ERRORS} syntax errors; the rest is not read",
+            self.span(place, place + 1),
+            "stopped here",
         )
         if not self.whole_file:
             return False
@@ -211,7 +212,7 @@ class Reader:
             start, end, text = plan.rewrite
             assert len(text) == end - start
             self.text = self.text[:start] + text + self.text[end:]
-            self.thread.state.text = TextSlice.cast_from(self.text)
+            self.lexer_state.text = TextSlice.cast_from(self.text)
         for _ in range(plan.pop):
             self.state.state_stack.pop()
             self.state.value_stack.pop()
@@ -249,7 +250,7 @@ class Reader:
 
     def jump(self, place: int) -> None:
         """Go on reading at a place."""
-        self.thread.state.line_ctr.char_pos = place
+        self.lexer_state.line_ctr.char_pos = place
 
     def drop_statement(self) -> None:
         """Forget what was read of this statement."""

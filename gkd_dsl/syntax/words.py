@@ -95,7 +95,11 @@ def expected(accepts: Iterable[str], *, in_block: bool) -> str:
         found.append("an operator")
     opens = "an expression" in found
     for name, symbol in _SYMBOLS.items():
-        if name in accepts and not (opens and name in ("LPAR", "LSQB")) and not (name in _OPERATORS and "PLUS" in accepts):
+        if (
+            name in accepts
+            and not (opens and name in ("LPAR", "LSQB"))
+            and not (name in _OPERATORS and "PLUS" in accepts)
+        ):
             if "an operator" in found and name in ("LPAR", "LSQB"):
                 continue
             found.append(f"`{symbol}`")
