@@ -13,6 +13,7 @@ from gkd_dsl.runtime.backends.local import LocalBackend
 from gkd_dsl.runtime.checkpoint import Position, State
 from gkd_dsl.runtime.errors import CANNOT_RUN, CHECKPOINT, RunError, Stopped
 from gkd_dsl.runtime.evaluate import Evaluator
+from gkd_dsl.runtime.extensions import load_extensions
 from gkd_dsl.runtime.fingerprint import fingerprint
 from gkd_dsl.runtime.interrupt import StopRequest
 from gkd_dsl.runtime.logs import RunLog, evaluations
@@ -66,6 +67,7 @@ class Run:
                 CANNOT_RUN, f"the backend `{plan.backend}` is not in this version", "write `backend = local`"
             )
         self.plan, self.folder, self.root = plan, folder, root if root is not None else Path.cwd()
+        load_extensions(plan, self.root)
         self.backend: Backend = backend if backend is not None else LocalBackend(Settings.of(plan.runtime))
         self.models: dict[str, PreTrainedModel] = {
             name: self.backend.place(model) for name, model in (models or {}).items()
@@ -140,7 +142,7 @@ class Run:
                 "add `held_out = 10%` to the source",
             )
         models = {node.name: self.model(node.name) for node in plan.models}
-        self._make_projections(plan)
+        self.make_projections(plan)
         step = StepModule(plan, models, {node.name: self.projections[node.name] for node in plan.projections})
         self._changed |= set(step.trained)
         self.backend.begin(step, plan.stage.optim)
@@ -185,7 +187,7 @@ class Run:
         finally:
             self.backend.end()
 
-    def _make_projections(self, plan: StagePlan) -> None:
+    def make_projections(self, plan: StagePlan) -> None:
         new = [node for node in plan.projections if node.name not in self.projections]
         made = make_projections(new, plan.stage.seed)
         device = self.backend.device
@@ -224,12 +226,18 @@ class Run:
             models, blocks = state.models, state.projections
         self._load(models, blocks)
 
-    def _saved(self) -> State:
+    def restore(self, name: str = "last") -> Position:
+        """Make the models as the checkpoint `last` or `best` has them, and say where that was. Raises RunError."""
+        state = self._saved(name)
+        self._restore(state)
+        return state.position
+
+    def _saved(self, name: str = "last") -> State:
         if self.folder is None:
             raise RunError(CHECKPOINT, "there is no run folder to go on from")
-        path = self.folder.checkpoints.pointed("last")
+        path = self.folder.checkpoints.pointed(name)
         if path is None:
-            raise RunError(CHECKPOINT, f"{self.folder.path} holds no checkpoint")
+            raise RunError(CHECKPOINT, f"{self.folder.path} holds no checkpoint `{name}`")
         state = checkpoint.read(path)
         checkpoint.refuse_other_spec(state.spec, self._fingerprint, path)
         return state
@@ -237,7 +245,7 @@ class Run:
     def _restore(self, state: State) -> None:
         for plan in self.plan.stages:
             if plan.stage.order <= state.position.order:
-                self._make_projections(plan)
+                self.make_projections(plan)
         for name in state.models:
             self.model(name)
         self._changed |= set(state.models)

@@ -143,7 +143,7 @@ def make_loader(
     Raises DataError, in the user's terms, for all that can be wrong with files, columns, labels and sizes.
     """
     with named(source.name), quiet():
-        kind, function = kind_of(source)
+        kind, function = kind_of(source, root)
         args, problems = bind_source(kind, (), dict(source.args))
         if problems:
             raise DataError(problems[0].message, arg=problems[0].arg, hint=problems[0].hint)

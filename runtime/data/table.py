@@ -33,11 +33,13 @@ class Table:
     digest: str
 
 
-def kind_of(source: SourceSpec) -> tuple[SourceKind, extension.Registered | None]:
-    """The kind of a source; with its function where it is one of the user's."""
+def kind_of(source: SourceSpec, root: Path | None = None) -> tuple[SourceKind, extension.Registered | None]:
+    """The kind of a source; with its function where it is one of the user's (`file.py:name`, from `root`)."""
     if source.kind in SOURCES:
         return SOURCES[source.kind], None
-    found = extension.registered("source", source.kind)
+    file, _, name = source.kind.rpartition(":")
+    at = str(extension.find(file, root)) if file and root is not None else None
+    found = extension.registered("source", name, at)
     if found is None:
         raise DataError(f"there is no source `{source.kind}`", hint="a Python file with it must be imported first")
     try:
