@@ -53,20 +53,25 @@ class ExpressionBuilder:
         return self.between(start, getattr(meta, "container_end_pos", meta.end_pos))
 
     def between(self, start: int, end: int) -> Span:
+        """The span between two offsets."""
         return Span(self.source, start, max(start, end))
 
     # --- small parts ---
 
     def ident(self, token: Token) -> ast.Ident:
+        """A name at its place."""
         return ast.Ident(self.span(token), str(token))
 
     def names(self, tree: Tree | None) -> tuple[ast.Ident, ...]:
+        """The names of a list of names."""
         return tuple(self.ident(cast(Token, token)) for token in tree.children) if tree is not None else ()
 
     def string(self, token: Token) -> ast.String:
+        """A string with its escapes read."""
         return ast.String(self.span(token), self._unescape(token))
 
     def text(self, token: Token | None) -> str | None:
+        """The value of a string, where there is one."""
         return self._unescape(token) if token is not None else None
 
     def _unescape(self, token: Token) -> str:
@@ -92,6 +97,7 @@ class ExpressionBuilder:
         return _ESCAPE.sub(replaced, str(token)[1:-1])
 
     def duration(self, token: Token) -> ast.Duration:
+        """The value and the unit of a duration."""
         match = _DURATION.fullmatch(str(token))
         assert match is not None
         unit = "percent" if match[3] == "%" else match[3] if match[3].endswith("s") else match[3] + "s"
@@ -265,6 +271,7 @@ class ExpressionBuilder:
     # --- types and signatures ---
 
     def type(self, tree: Tree) -> ast.TypeExpr:
+        """A type as written."""
         name, dims = cast("tuple[Token, Tree | None]", tree.children)
         if dims is None:
             return ast.TypeExpr(self.span(tree), self.ident(name), None)
@@ -283,6 +290,7 @@ class ExpressionBuilder:
         return self._range(tree, inclusive=tree.data == "range_closed")
 
     def optional(self, tree: Tree | None) -> ast.Expr | None:
+        """The expression, where there is one."""
         return self.expression(tree) if tree is not None else None
 
     def signature(self, tree: Tree) -> ast.Signature:

@@ -62,6 +62,7 @@ class Fault:
 
     @property
     def first_on_line(self) -> bool:
+        """Whether nothing but blanks stands before it."""
         begin = self.text.rfind("\n", 0, self.start) + 1
         return not self.text[begin : self.start].strip(" \t")
 
@@ -71,6 +72,7 @@ class Fault:
 
     @staticmethod
     def end_of(token: Token) -> int:
+        """The place right behind a token."""
         return token.end_pos if token.end_pos is not None else (token.start_pos or 0) + len(token)
 
     def named(self) -> str:
@@ -94,10 +96,12 @@ class Fault:
         notes: tuple[str, ...] = (),
         fix: Fix | None = None,
     ) -> None:
+        """Report it, at the token where no other place is given."""
         span = self.reader.span(self.start if start is None else start, self.end if end is None else end)
         self.reader.diagnostics.error(code, message, span, label, labels=labels, notes=notes, fix=fix)
 
     def fix(self, title: str, start: int, end: int, text: str) -> Fix:
+        """A fix of one edit."""
         return Fix(title, (Edit(self.reader.span(start, end), text),))
 
 
@@ -147,7 +151,7 @@ def unclosed_block(f: Fault) -> Plan | None:
     """A declaration where a block's `}` is missing."""
     if f.line or not f.reader.brackets or not f.reader.block_is_unclosed(f.token):
         return None
-    opener, keyword = f.reader.brackets[-1]
+    opener = f.reader.brackets[-1][0]
     f.error(
         "E0110",
         "`{` is never closed",
@@ -310,9 +314,9 @@ def at_statement_start(f: Fault) -> Plan | None:
             fix=f.fix("make it a `let`", start, start, "let "),
         )
         return Plan(put=(("LET", "let"),))
-    if f.line and (f.kind in ("NAME", "INT", "FLOAT", "STRING") or f.word[:1].isalpha()):
-        if not did_you_mean(word, words.STATEMENTS, 1):
-            return None  # A setting without its `=`.
+    valued = f.line and (f.kind in ("NAME", "INT", "FLOAT", "STRING") or f.word[:1].isalpha())
+    if valued and not did_you_mean(word, words.STATEMENTS, 1):
+        return None  # A setting without its `=`.
     return _unknown(f, word, start, end, block, following)
 
 

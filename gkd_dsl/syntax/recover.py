@@ -80,9 +80,17 @@ class Reader:
         if kind == "_NL":
             if self.inside_brackets or not self.line:
                 return
-        elif (not self.line and self.block_is_unclosed(token)) or (kind in OPENERS and len(self.brackets) >= BRACKETS) or (kind in CLOSERS and (not self.brackets or self.brackets[-1][0].type != CLOSERS[kind])):
+        elif self.refused(token):
             raise UnexpectedToken(token, set())
         self.feed(token)
+
+    def refused(self, token: Token) -> bool:
+        """Whether a token is at fault that the grammar alone would take, or would find fault with too late."""
+        if token.type in OPENERS and len(self.brackets) >= BRACKETS:
+            return True
+        if token.type in CLOSERS:
+            return not self.brackets or self.brackets[-1][0].type != CLOSERS[token.type]
+        return not self.line and self.block_is_unclosed(token)
 
     def feed(self, token: Token) -> None:
         """Feed a token, and keep what it opens, closes, starts or ends."""
@@ -100,9 +108,11 @@ class Reader:
             self.mark = len(self.state.state_stack)
 
     def opens_value(self, kind: str) -> bool:
+        """Whether the value of this statement starts behind a token of this kind."""
         return kind == "ASSIGN" or (len(self.line) == 1 and kind in ("MINIMIZE", "TRAIN", "FREEZE", "EVALUATE"))
 
     def begin(self, prefix: list[Token]) -> None:
+        """Start a statement; `prefix` holds the `}` behind which it would stand."""
         self.prefix = prefix
         self.line = list(prefix)
         self.base = len(self.state.state_stack)
@@ -110,6 +120,7 @@ class Reader:
 
     @property
     def inside_brackets(self) -> bool:
+        """Whether a `(` or `[` is open."""
         return bool(self.brackets) and self.brackets[-1][0].type != "LBRACE"
 
     @property
@@ -261,6 +272,7 @@ class Reader:
         self.mark = None
 
     def leave_brackets(self) -> None:
+        """Forget the `(` and `[` of this statement."""
         while self.inside_brackets:
             self.brackets.pop()
 
@@ -305,6 +317,7 @@ class Reader:
         return []
 
     def near_keyword(self, word: str) -> str:
+        """The keyword that a misspelt one was meant for, or an empty text."""
         from gkd_dsl.diagnostics.suggest import did_you_mean
 
         near = did_you_mean(word, words.BLOCK if self.block else words.TOP, 1)
@@ -336,15 +349,18 @@ class Reader:
     # --- places ---
 
     def span(self, start: int, end: int) -> Span:
+        """The span between two offsets, kept inside the text."""
         size = len(self.source.text)
         start = max(0, min(start, size))
         return Span(self.source, start, max(start, min(end, size)))
 
     def span_of(self, token: Token) -> Span:
+        """Where a token stands."""
         start = token.start_pos or 0
         return self.span(start, token.end_pos if token.end_pos is not None else start + len(token))
 
     def opened(self, token: Token) -> Label:
+        """The label of an opening bracket."""
         return Label(self.span_of(token), "opened here", primary=False)
 
 
