@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 
+from gkd_dsl.runtime.extensions import load_extensions
 from gkd_dsl.runtime.step import Batch, StepModule
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -28,7 +30,8 @@ class Distiller:
 
     `models` are the models of the stage by their names in the spec, on one device. The trained ones are put in train
     mode, the others in eval mode; what the stage does not train has `requires_grad` False until `close`, which the
-    end of a `with` block calls. `projections` (by name) are made unless given.
+    end of a `with` block calls. `projections` (by name) are made unless given. `root` is the folder that paths of the
+    user's own operators start from.
 
     Raises KeyError for a model of the stage that is missing.
     """
@@ -38,10 +41,13 @@ class Distiller:
         plan: StagePlan,
         models: Mapping[str, PreTrainedModel],
         projections: Mapping[str, nn.Module] | None = None,
+        *,
+        root: Path | None = None,
     ) -> None:
         missing = [node.name for node in plan.models if node.name not in models]
         if missing:
             raise KeyError(f"the stage `{plan.name}` needs the model `{missing[0]}`")
+        load_extensions(plan, root if root is not None else Path.cwd())
         self.plan = plan
         self.module = StepModule(plan, models, projections)
         first = next(iter(models.values()))

@@ -47,7 +47,7 @@ class Stopped(Exception):  # noqa: N818 - being stopped on request is no error
         text = f"stopped in stage `{self.stage}` after step {self.step} of {self.total}"
         if self.folder is None:
             return f"{text}; nothing is saved: this run has no folder"
-        return f"{text}; the state is saved: go on with `--resume {self.folder}`"
+        return f"{text}; the state is saved: go on with `--resume --out {self.folder}`"
 
 
 @contextmanager

@@ -35,7 +35,7 @@ class RunLog:
         self._order = record.order
         place = self._folder.tensorboard / record.stage.replace("/", ".")
         with writing("TensorBoard scalars", place):
-            self._board = SummaryWriter(str(place), purge_step=record.step + 1 if record.step else None)
+            self._board = SummaryWriter(str(place), purge_step=record.step + 1 if record.step else 0)
 
     def on_step(self, record: StepRecord) -> None:
         """One line; scalars of each loss raw and weighted, its weight, the rate, the norm and the speed."""

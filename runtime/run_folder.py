@@ -16,8 +16,8 @@ from gkd_dsl.runtime.errors import RUN_FOLDER, RunError, writing
 class RunFolder:
     """The places in a run folder.
 
-    `spec.gkd`, `diagnostics.json`, `metrics.jsonl`, `tensorboard/<stage>/`, `checkpoints/<stage>-<step>/`, `export/`,
-    and the pointers `last` and `best`.
+    `spec.gkd`, `plan.json`, `diagnostics.json`, `metrics.jsonl`, `tensorboard/<stage>/`,
+    `checkpoints/<stage>-<step>/`, `export/`, and the pointers `last` and `best`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -57,12 +57,12 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
-        """The folder of an earlier run. Raises RunError where there is none, or it holds no checkpoint."""
+        """The folder of an earlier run. Raises RunError where there is none."""
         if not path.is_dir():
             raise RunError(RUN_FOLDER, f"there is no run folder {path}")
         folder = cls(path)
-        if folder.checkpoints.pointed("last") is None:
-            raise RunError(RUN_FOLDER, f"{path} holds no checkpoint to go on from", "start the run anew")
+        if folder.checkpoints.pointed("last") is None and not (path / "plan.json").is_file():
+            raise RunError(RUN_FOLDER, f"{path} holds no run to go on from", "start a new run")
         return folder
 
     @property
@@ -87,6 +87,10 @@ class RunFolder:
     def write_diagnostics(self, diagnostics: Iterable[Any]) -> None:
         """Keep every diagnostic, as what JSON can hold. Raises RunError."""
         self._write("diagnostics.json", json.dumps(list(diagnostics), indent=1) + "\n")
+
+    def write_json(self, name: str, value: object) -> None:
+        """Keep a value as JSON. Raises RunError."""
+        self._write(name, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
     def _write(self, name: str, text: str) -> None:
         target, work = self.path / name, self.path / f".{name}.{os.getpid()}"

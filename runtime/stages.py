@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ from gkd_dsl.graph.plan import SpecPlan, StagePlan
 from gkd_dsl.models.describe import describe
 from gkd_dsl.models.info import ModelInfo
 
+_PLAN = "plan.json"
 Loaders = Callable[[StagePlan], Loader]
 
 
@@ -87,11 +89,14 @@ class Run:
         Raises Stopped when asked to stop (the state is saved then), and RunError: another spec's checkpoint, a loss
         that is not finite, too little memory, a folder that cannot be written.
         """
-        state = self._saved() if resume else None
+        state = self._resumed() if resume else None
         with ExitStack() as stack:
             listeners = [*self._listeners, self._metrics]
             if self.folder is not None:
-                listeners.insert(0, RunLog(self.folder, state.position if state is not None else None))
+                if not resume:
+                    self.folder.write_json(_PLAN, self._fingerprint)
+                begun = Position("", -1) if resume else None
+                listeners.insert(0, RunLog(self.folder, state.position if state is not None else begun))
             for listener in listeners:
                 stack.callback(listener.close)
             stop = stack.enter_context(StopRequest())
@@ -106,8 +111,10 @@ class Run:
                 if state is not None and order == state.position.order:
                     if not state.position.finished:
                         self._stage(stage, listeners, stop, state)
+                        self._release(stage)
                     continue
                 self._stage(stage, listeners, stop, None)
+                self._release(stage)
         return RunResult(self.models, self.projections, self.loaders, self._metrics.found)
 
     def loader(self, plan: StagePlan) -> Loader:
@@ -187,7 +194,18 @@ class Run:
         finally:
             self.backend.end()
 
+    def _release(self, done: StagePlan) -> None:
+        """Let go of the models that no stage trains and that neither this stage nor a later one reads."""
+        later = [stage for stage in self.plan.stages if stage.stage.order > done.stage.order]
+        if not later:
+            return
+        kept = {node.name for stage in later for node in stage.models} | self._changed
+        kept |= {base for name in kept if (base := self._infos[name].build.base) and name not in self.models}
+        for name in self.models.keys() - kept:
+            del self.models[name]
+
     def make_projections(self, plan: StagePlan) -> None:
+        """Make the projections of a stage that no earlier one made."""
         new = [node for node in plan.projections if node.name not in self.projections]
         made = make_projections(new, plan.stage.seed)
         device = self.backend.device
@@ -231,6 +249,20 @@ class Run:
         state = self._saved(name)
         self._restore(state)
         return state.position
+
+    def _resumed(self) -> State | None:
+        """The state to go on from; None where the run was ended before its first checkpoint, and begins anew."""
+        if self.folder is None:
+            raise RunError(CHECKPOINT, "there is no run folder to go on from")
+        if self.folder.checkpoints.pointed("last") is not None:
+            return self._saved()
+        begun = self.folder.path / _PLAN
+        try:
+            spec = json.loads(begun.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise RunError(CHECKPOINT, f"{self.folder.path} holds no run to go on from", "start a new run") from error
+        checkpoint.refuse_other_spec(spec, self._fingerprint, begun)
+        return None
 
     def _saved(self, name: str = "last") -> State:
         if self.folder is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +21,7 @@ from gkd_dsl.graph.nodes import ProjectNode, TrainTarget
 from gkd_dsl.graph.plan import Apply, Counted, ForwardPlan, StagePlan
 from gkd_dsl.models.resolve import part_modules
 from gkd_dsl.schedules import Clock
+from gkd_dsl.types import Dim
 
 Batch = Mapping[str, Tensor]
 Denominators = Mapping[str, int]
@@ -150,7 +152,12 @@ class StepModule(nn.Module):
         return {
             counted.key: int(
                 count_positions(
-                    counted.dims, {}, env[counted.valid] if counted.valid else None, size, length, counted.causal
+                    counted.dims,
+                    {counted.dims[axis].name: 1 for axis in _unknown(counted.dims)},
+                    env[counted.valid] if counted.valid else None,
+                    size,
+                    length,
+                    counted.causal,
                 )
             )
             for counted in self.plan.counted
@@ -288,8 +295,15 @@ def _share(counted: Counted, values: Tensor, env: Env, denominator: int) -> Tens
         token_weight=env[counted.token_weight] if counted.token_weight else None,
         sample_weight=env[counted.sample_weight] if counted.sample_weight else None,
     )
+    # An axis whose size no config says is counted as 1 beforehand.
+    missed = math.prod(values.shape[axis] for axis in _unknown(counted.dims))
     # Where nothing counts the sum is 0, and so is the loss.
-    return total / max(1, denominator)
+    return total / max(1, denominator * missed)
+
+
+def _unknown(dims: Sequence[Dim]) -> list[int]:
+    """The axes whose size only the values show."""
+    return [axis for axis, dim in enumerate(dims) if dim.size is None and dim.name not in ("B", "L")]
 
 
 def _sizes(batch: Batch) -> tuple[int, int | None]:
