@@ -95,7 +95,13 @@ def _schedule(ctx: Context, scope: Scope, name: str, expr: ast.Call) -> Value:
         return Scheduled(amount)
     form = f"{name}(0 -> 1, {keyword[0]} = 10%)"
     if len(positional) != 1 or not isinstance(positional[0][0], Directed):
-        return ctx.error(scope, "E0224", f"`{name}` runs from one number to another", expr.span, f"write `{form}`")
+        fix = None
+        if len(positional) == 2 and all(isinstance(value, Num) for value, _ in positional):
+            first, second = positional[0][1].span, positional[1][1].span
+            fix = replace(first.to(second), f"{first.text} -> {second.text}")
+        return ctx.error(
+            scope, "E0224", f"`{name}` runs from one number to another", expr.span, f"write `{form}`", fix=fix
+        )
     ends = positional[0][0]
     numbers = []
     for end, written in ((ends.left, expr.args[0].value), (ends.right, expr.args[0].value)):

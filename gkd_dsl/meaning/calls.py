@@ -19,6 +19,7 @@ from gkd_dsl.meaning.values import (
     Unknown,
     Value,
     kind,
+    plural,
 )
 from gkd_dsl.ops import registry
 from gkd_dsl.syntax import ast
@@ -74,7 +75,8 @@ def call(ctx: Context, scope: Scope, expr: ast.Call) -> Value:
         if isinstance(value, Method):
             return ctx.error(scope, "E0230", f"`{name}` is a method: write `use {expr.span.text} as ...`", func.span)
         if not is_function(name):
-            return ctx.error(scope, "E0228", f"`{name}` is {kind(value)}, and is not called", func.span)
+            fix = replace(expr.span, name) if not expr.args else None
+            return ctx.error(scope, "E0228", f"`{name}` is {kind(value)}, and is not called", func.span, fix=fix)
     if name in builtins.BUILTINS:
         return builtins.call(ctx, scope, name, expr)
     spec = registry.lookup(name)
@@ -137,7 +139,9 @@ def _call_member(ctx: Context, scope: Scope, expr: ast.Call, func: ast.Attr) -> 
     match base:
         case Unknown():
             for arg in expr.args:
-                ctx.evaluate(scope, arg.value)
+                sides = (arg.value.left, arg.value.right) if isinstance(arg.value, ast.Pair) else (arg.value,)
+                for side in sides:
+                    ctx.evaluate(scope, side)
             return UNKNOWN
         case Model() | TapPart():
             return paths.called(ctx, scope, base, expr, func)
@@ -158,7 +162,7 @@ def _call_loss(ctx: Context, scope: Scope, function: LossFunction, expr: ast.Cal
             written.append(arg.value)
     if len(written) != len(decl.formals):
         return ctx.error(
-            scope, "E0232", f"`{decl.name.text}` takes {len(decl.formals)} argument(s), not {len(written)}", expr.span,
+            scope, "E0232", f"`{decl.name.text}` takes {plural(len(decl.formals), 'argument', 'arguments')}, not {len(written)}", expr.span,
         )  # fmt: skip
     bound: dict[str, Value] = {}
     for formal, given in zip(decl.formals, written, strict=True):

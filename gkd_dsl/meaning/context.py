@@ -59,6 +59,8 @@ class Context:
     """While the condition of a counter is read, where `stage.progress` and `mean(x, last = ...)` are known."""
     deferred: list[Callable[[], None]] = field(default_factory=list)
     """Checks that wait until every declaration has its value."""
+    using: list[ast.MethodDecl] = field(default_factory=list)
+    """The methods that are being used, outermost first."""
     elements: int = 0
     """Elements of comprehensions so far; a spec that asks for too many is refused."""
     depth: int = 0
@@ -108,7 +110,7 @@ class Context:
         extra = list(labels)
         if scope.uses and span is not None:
             extra = [Label(span, text or "here", primary=False), *extra]
-            extra += [Label(use, "used here", primary=False) for use in scope.uses[1:]]
+            extra += [Label(use, "used here", primary=False) for use in dict.fromkeys(scope.uses[1:])]
             target.error(
                 code,
                 message,

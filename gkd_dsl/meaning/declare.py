@@ -266,6 +266,13 @@ def _project(ctx: Context, scope: Scope, decl: ast.ProjectDecl, suffix: str) -> 
         elif arg.name is not None and arg.name.text == "init" and isinstance(value, Text) and value.value in _INITS:
             init = value.value
         else:
+            sides = [a.value for a in call.args if a.name is None]
+            if len(sides) == 2 and arg.name is None and not isinstance(value, Directed):
+                both, text = sides[0].span.to(sides[1].span), f"{sides[0].span.text} -> {sides[1].span.text}"
+                return ctx.error(
+                    scope, "E0313", "`linear` goes from one size to another", both, f"write `{text}`",
+                    fix=replace(both, text),
+                )  # fmt: skip
             label, near = ("", None) if arg.name is None else suggest(arg.name.text, ("bias", "init"))
             return ctx.error(
                 scope, "E0313", "`linear` takes `from -> to`, `bias = true` and `init = \"default\"`", arg.span,
@@ -286,4 +293,4 @@ def _project(ctx: Context, scope: Scope, decl: ast.ProjectDecl, suffix: str) -> 
             locations=(ctx.location(scope, decl.name.span),),
         )
     )  # fmt: skip
-    return Block(key, name, dims[0], dims[1])
+    return Block(key, name, dims[0], dims[1], decl.name.span)

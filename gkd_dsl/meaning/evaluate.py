@@ -6,6 +6,7 @@ import math
 from typing import Literal, cast
 
 from gkd_dsl import schedules
+from gkd_dsl.diagnostics import Label
 from gkd_dsl.meaning import calls, declare, later, operators, paths
 from gkd_dsl.meaning.context import MOST, Context, replace, suggest
 from gkd_dsl.meaning.scope import Scope
@@ -36,6 +37,8 @@ from gkd_dsl.meaning.values import (
     Value,
     as_schedule,
     kind,
+    plural,
+    shown,
 )
 from gkd_dsl.syntax import ast
 
@@ -92,9 +95,9 @@ def _number(ctx: Context, scope: Scope, expr: ast.Number) -> Value:
 
 
 def _name(ctx: Context, scope: Scope, expr: ast.Name) -> Value:
-    if expr.id == "batch":
-        return Batch()
     found = scope.find(expr.id)
+    if expr.id == "batch":
+        return Batch() if found is None else UNKNOWN
     if found is None:
         candidates = {d.name for d in scope.visible()} | {"batch"}
         label, near = suggest(expr.id, candidates)
@@ -193,13 +196,16 @@ def _index(ctx: Context, scope: Scope, expr: ast.Index) -> Value:
     numbers: list[int] = []
     for arg, written in zip(args, expr.args, strict=True):
         if not isinstance(arg, Num) or not isinstance(arg.value, int):
-            return ctx.error(scope, "E0210", f"an index is a whole number, not {kind(arg)}", written.span)
+            return ctx.error(scope, "E0210", f"an index is a whole number, not {shown(arg)}", written.span)
         numbers.append(arg.value)
     match base:
         case Family():
             if len(numbers) != base.arity:
                 return ctx.error(
-                    scope, "E0211", f"`{base.name}` takes {base.arity} index(es), not {len(numbers)}", expr.span
+                    scope,
+                    "E0211",
+                    f"`{base.name}` takes {plural(base.arity, 'index', 'indices')}, not {len(numbers)}",
+                    expr.args[0].span.to(expr.args[-1].span),
                 )
             return base.make(tuple(numbers), expr.span)
         case Items() if len(numbers) == 1:
@@ -207,7 +213,7 @@ def _index(ctx: Context, scope: Scope, expr: ast.Index) -> Value:
             if not -count <= numbers[0] < count:
                 return ctx.error(
                     scope, "E0212", f"index {numbers[0]} is outside a list of {count}", expr.args[0].span,
-                    f"0 to {count - 1}",
+                    f"its indices are 0 to {count - 1}",
                 )  # fmt: skip
             return base.items[numbers[0]]
         case Tensor() if len(numbers) == 1:
@@ -267,6 +273,8 @@ def _binary(ctx: Context, scope: Scope, expr: ast.Binary) -> Value:
     left, right = paths.as_tensor(ctx, scope, left, expr.left), paths.as_tensor(ctx, scope, right, expr.right)
     if isinstance(left, Unknown) or isinstance(right, Unknown):
         return UNKNOWN
+    if isinstance(left, Length) or isinstance(right, Length):
+        return _unit(ctx, scope, expr, left, right)
     if isinstance(left, Loss) or isinstance(right, Loss):
         return _loss_arithmetic(ctx, scope, expr, left, right)
     if isinstance(left, Tensor) or isinstance(right, Tensor):
@@ -278,7 +286,15 @@ def _binary(ctx: Context, scope: Scope, expr: ast.Binary) -> Value:
         return Truth({"==": a == b, "!=": a != b, "<": a < b, "<=": a <= b, ">": a > b, ">=": a >= b}[expr.op])
     if isinstance(left, Truth) and isinstance(right, Truth) and expr.op in ("and", "or", "&"):
         return Truth(left.value or right.value if expr.op == "or" else left.value and right.value)
-    return ctx.error(scope, "E0213", f"`{expr.op}` does not go between {kind(left)} and {kind(right)}", expr.span)
+    return _unfit(ctx, scope, expr, left, right)
+
+
+def _unfit(ctx: Context, scope: Scope, expr: ast.Binary, left: Value, right: Value, code: str = "E0213") -> Value:
+    """An operator between values that it does not take."""
+    sides = [Label(expr.left.span, kind(left), primary=False), Label(expr.right.span, kind(right), primary=False)]
+    return ctx.error(
+        scope, code, f"`{expr.op}` does not go between {kind(left)} and {kind(right)}", expr.op_span, labels=sides
+    )
 
 
 def _instance_total(ctx: Context, scope: Scope, value: Value, expr: ast.Expr) -> Value:
@@ -286,7 +302,12 @@ def _instance_total(ctx: Context, scope: Scope, value: Value, expr: ast.Expr) ->
         return value
     if value.total is not None:
         return value.total
-    return ctx.error(scope, "E0214", f"`{value.name}` has no `total`; name one of its losses", expr.span)
+    losses = [d.name for d in value.scope.names.values() if isinstance(d.decl, ast.LossDecl) and d.decl.formals is None]
+    fix = replace(expr.span, f"{expr.span.text}.{losses[0]}") if len(losses) == 1 else None
+    return ctx.error(
+        scope, "E0214", f"`{value.name}` has no `total`", expr.span, "name one of its losses",
+        notes=[f"its losses: {', '.join(losses)}"] if losses else [], fix=fix,
+    )  # fmt: skip
 
 
 def as_loss(ctx: Context, scope: Scope, value: Value, expr: ast.Expr) -> Value:
@@ -340,29 +361,26 @@ def _loss_arithmetic(ctx: Context, scope: Scope, expr: ast.Binary, left: Value, 
             f"{other.type} times a loss",
             notes=["write `w * per_sample(loss)`, or give the loss `sample_weight = w` or `token_weight = w`"],
         )
-    return ctx.error(
-        scope,
-        "E0331" if expr.op in ("*", "/") else "E0213",
-        f"`{expr.op}` does not go between {kind(left)} and {kind(right)}",
-        expr.span,
-    )
+    return _unfit(ctx, scope, expr, left, right, "E0331" if expr.op in ("*", "/") else "E0213")
+
+
+def _unit(ctx: Context, scope: Scope, expr: ast.Binary, left: Value, right: Value) -> Value:
+    """A duration or a percentage as an operand."""
+    length, written = (left, expr.left) if isinstance(left, Length) else (right, expr.right)
+    assert isinstance(length, Length)
+    fix, hint = None, "numbers and schedules have no unit"
+    if length.span.unit == "percent":
+        text = f"{length.span.amount / 100:g}"
+        fix, hint = replace(written.span, text), f"write `{text}`"
+    return ctx.error(scope, "E0401", f"{kind(length)} stands where a number belongs", written.span, hint, fix=fix)
 
 
 def _number_arithmetic(ctx: Context, scope: Scope, expr: ast.Binary, left: Value, right: Value) -> Value:
-    if isinstance(left, Length) or isinstance(right, Length):
-        length, written = (left, expr.left) if isinstance(left, Length) else (right, expr.right)
-        assert isinstance(length, Length)
-        fix = None
-        hint = "numbers and schedules have no unit"
-        if length.span.unit == "percent":
-            hint = f"write {length.span.amount / 100:g}"
-            fix = replace(written.span, f"{length.span.amount / 100:g}")
-        return ctx.error(scope, "E0401", f"{kind(length)} stands where a number belongs", written.span, hint, fix=fix)
     if isinstance(left, Num) and isinstance(right, Num):
         return _of_numbers(ctx, scope, expr, left.value, right.value)
     first, second = as_schedule(left), as_schedule(right)
     if first is None or second is None:
-        return ctx.error(scope, "E0213", f"`{expr.op}` does not go between {kind(left)} and {kind(right)}", expr.span)
+        return _unfit(ctx, scope, expr, left, right)
     return Scheduled(schedules.combine(cast(Literal["+", "-", "*", "/"], expr.op), first, second))
 
 
@@ -421,7 +439,9 @@ def _range(ctx: Context, scope: Scope, expr: ast.Range) -> Value:
         if isinstance(value, Unknown):
             return UNKNOWN
         if not isinstance(value, Num) or not isinstance(value.value, int):
-            return ctx.error(scope, "E0210", f"a range runs between whole numbers, and this is {kind(value)}", end.span)
+            return ctx.error(
+                scope, "E0210", f"a range runs between whole numbers, and this is {shown(value)}", end.span
+            )
         ends.append(value.value)
     return Numbers(ends[0], ends[1] + (1 if expr.inclusive else 0))
 
@@ -443,8 +463,20 @@ def elements(ctx: Context, scope: Scope, value: Value, expr: ast.Expr) -> list[t
             return [(Num(number), one) for number in value.indices]
         case Drawn():
             return [(Items(tuple(Num(n) for n in pair)), weight) for pair, weight in value.pairs]
-    ctx.error(scope, "E0217", f"`for` runs over a list, a range or a layer map, not {kind(value)}", expr.span)
+    text = f"0 ..< {expr.span.text}"
+    counts = (
+        isinstance(value, Num) and isinstance(value.value, int) and isinstance(expr, ast.Number | ast.Attr | ast.Name)
+    )
+    ctx.error(
+        scope, "E0217", f"`for` runs over a list, a range or a layer map, not {kind(value)}", expr.span,
+        f"write `{text}`" if counts else "", fix=replace(expr.span, text) if counts else None,
+    )  # fmt: skip
     return None
+
+
+def _why_empty(ctx: Context, scope: Scope, expr: ast.Comprehension) -> str:
+    value = ctx.evaluate(scope, expr.iterable)
+    return f"no number is from {value.lo} and below {value.hi}" if isinstance(value, Numbers) else "an empty list"
 
 
 def unpacked(ctx: Context, scope: Scope, binders: tuple[ast.Ident, ...], element: Value) -> dict[str, Value] | None:
@@ -473,7 +505,7 @@ def _comprehension(ctx: Context, scope: Scope, expr: ast.Comprehension) -> Value
             what = f"more than {MOST} elements with all that came before"
         return ctx.error(scope, "E0218", f"this runs over {what}", expr.iterable.span)
     if not over:
-        return ctx.error(scope, "E0219", "this runs over nothing", expr.iterable.span, "empty")
+        return ctx.error(scope, "E0219", "this runs over nothing", expr.iterable.span, _why_empty(ctx, scope, expr))
     out: list[Value] = []
     for element, weight in over:
         bound = unpacked(ctx, scope, expr.binders, element)

@@ -68,7 +68,10 @@ def _names(item: ast.Item | ast.Stmt) -> tuple[ast.Ident, ...]:
 
 def _define(ctx: Context, scope: Scope, ident: ast.Ident, item: ast.Item | ast.Stmt) -> None:
     if ident.text == "batch":
-        ctx.error(scope, "E0246", "`batch` is the batch itself, and cannot be declared", ident.span)
+        ctx.error(
+            scope, "E0246", "`batch` is the batch of a step, and cannot be declared", ident.span, "choose another name"
+        )
+        scope.names[ident.text] = Definition(ident.text, None, None, UNKNOWN, used=True)
         return
     held = scope.names.get(ident.text)
     if held is not None:
@@ -143,9 +146,14 @@ def load_all(ctx: Context, scope: Scope) -> None:
         decl = definition.decl
         if isinstance(decl, ast.ImportAs | ast.ImportUse) and id(decl) not in seen:
             seen.add(id(decl))
-            if load(ctx, scope, decl.path) is None:
-                for ident in _names(decl):
+            inner = load(ctx, scope, decl.path)
+            for ident in _names(decl):
+                if inner is None:
                     scope.names[ident.text].value = UNKNOWN
+                elif isinstance(decl, ast.ImportUse) and ident.text not in inner.names:
+                    near = suggest(ident.text, inner.names)[1]
+                    if near is not None:
+                        scope.names.setdefault(near, Definition(near, None, None, UNKNOWN, used=True))
 
 
 def module(ctx: Context, scope: Scope, decl: ast.ImportAs) -> Value:
@@ -181,8 +189,8 @@ def python_module(ctx: Context, scope: Scope, decl: ast.ImportPython) -> Value:
             extension.load(path, scope.root)
     except extension.ExtensionError as error:
         notes = [error.hint] if error.hint else []
-        place = f"{error.file}:{error.line}: " if error.line else ""
-        return ctx.error(scope, "E0513", f"{place}{error.message}", decl.path.span, "imported here", notes=notes)
+        message = f"{path}:{error.line}: {error.message}" if error.line else f"`{path}`: {error.message}"
+        return ctx.error(scope, "E0513", message, decl.path.span, "imported here", notes=notes)
     extensions: dict[str, object] = {}
     for each in found:
         shown = f"{path}:{each.line}"

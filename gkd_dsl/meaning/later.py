@@ -18,6 +18,7 @@ from gkd_dsl.meaning.values import (
     Unknown,
     Value,
     kind,
+    shown,
 )
 from gkd_dsl.models.resolve import TOP
 from gkd_dsl.syntax import ast
@@ -159,7 +160,7 @@ def counter(ctx: Context, scope: Scope, decl: ast.Counter) -> Value:
     for place, expr in enumerate((decl.start, decl.stop)):
         value = ctx.evaluate(scope, expr)
         if not isinstance(value, Unknown) and not (isinstance(value, Num) and isinstance(value.value, int)):
-            ctx.error(scope, "E0210", f"a counter runs between whole numbers, and this is {kind(value)}", expr.span)
+            ctx.error(scope, "E0210", f"a counter runs between whole numbers, and this is {shown(value)}", expr.span)
         elif place == 0:
             start = value
     ctx.deferred.append(lambda: _condition(ctx, scope, decl, start))
@@ -220,14 +221,13 @@ def _policy_body(ctx: Context, scope: Scope, decl: ast.Policy, call: ast.Call) -
     for arg in call.args:
         ctx.evaluate(scope, arg.value)
     for stmt in decl.body:
-        if not isinstance(stmt, ast.Setting) or stmt.name.text not in _POLICY:
-            name = stmt.name if isinstance(stmt, ast.Setting) else None
-            label, near = suggest(name.text, _POLICY) if name is not None else ("", None)
+        if not isinstance(stmt, ast.Setting):
+            continue  # The parser said so.
+        if stmt.name.text not in _POLICY:
+            label, near = suggest(stmt.name.text, _POLICY)
             ctx.error(
-                scope, "E0408", f"a policy has no setting `{name.text}`" if name is not None
-                else "a policy holds settings only", name.span if name is not None else stmt.span, label,
-                notes=[f"its settings: {', '.join(_POLICY)}"],
-                fix=replace(name.span, near) if near and name is not None else None,
+                scope, "E0408", f"a policy has no setting `{stmt.name.text}`", stmt.name.span, label or "not a setting",
+                notes=[f"its settings: {', '.join(_POLICY)}"], fix=replace(stmt.name.span, near) if near else None,
             )  # fmt: skip
             continue
         value = ctx.evaluate(scope, stmt.value)

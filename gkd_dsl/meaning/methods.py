@@ -51,6 +51,10 @@ def use(ctx: Context, scope: Scope, decl: ast.Use) -> Value:
         return UNKNOWN
     if not isinstance(target, Method):
         return ctx.error(scope, "E0248", f"`use` takes a method, and this is {kind(target)}", decl.target.span)
+    if any(target.decl is held for held in ctx.using):
+        return ctx.error(
+            scope, "E0249", f"the method `{target.decl.name.text}` uses itself", decl.span, "it comes back here"
+        )
     if len(scope.uses) >= _DEPTH or len(ctx.instances) >= _USES:
         what = f"more than {_DEPTH} deep" if len(scope.uses) >= _DEPTH else f"more than {_USES} times"
         return ctx.error(scope, "E0249", f"methods use each other {what}", decl.span)
@@ -63,7 +67,11 @@ def use(ctx: Context, scope: Scope, decl: ast.Use) -> Value:
     )
     if not _bind(ctx, scope, inner, target.decl, decl):
         return UNKNOWN
-    return instantiate(ctx, inner, target.decl, decl.alias.text, decl.span)
+    ctx.using.append(target.decl)
+    try:
+        return instantiate(ctx, inner, target.decl, decl.alias.text, decl.span)
+    finally:
+        ctx.using.pop()
 
 
 def instantiate(ctx: Context, inner: Scope, method: ast.MethodDecl, name: str, span: Span) -> Value:
@@ -84,8 +92,8 @@ def instantiate(ctx: Context, inner: Scope, method: ast.MethodDecl, name: str, s
             inner.names["total"] = Definition("total", None, stmt.span, total, used=True)
         elif isinstance(stmt, ast.Stage):
             stages.append(stmt)
-        elif not imports._names(stmt):
-            ctx.error(inner, "E0413", "this does not belong in a method", stmt.span, "it belongs in a stage")
+        elif isinstance(stmt, ast.Run):
+            ctx.error(inner, "E0104", "`run` belongs at the top level", stmt.span, "not in a method")
     instance = Instance(name, inner, total, tuple(stages), ctx.location(inner, span))
     ctx.instances[inner.prefix.rstrip("/")] = instance
     return instance
@@ -133,6 +141,8 @@ def _bind(ctx: Context, scope: Scope, inner: Scope, method: ast.MethodDecl, decl
             if formal.type is not None:
                 value = parameters.fit(ctx, inner, key, value, formal.type, formal.within, formal.default.span)
             origin = "default of the method"
+        elif formal.role is not None and not good:
+            continue  # The models that were given do not fit, which was said.
         else:
             what = "the " + formal.role if formal.role else "a value for"
             ctx.error(
@@ -186,12 +196,21 @@ def _bind_models(
         models = ", ".join(f"{formal.role} {formal.name.text}" for formal in roles) or "no model"
         ctx.error(scope, "E0232", f"`{method.name.text}` takes {models}", arg.span, "one model too many")
         return False
-    good = True
-    for formal, side in zip(free, sides, strict=False):
-        value = ctx.evaluate(scope, side)
+    values = [ctx.evaluate(scope, side) for side in sides]
+    if len(values) == 2 and [_role(value) for value in values] == ["student", "teacher"]:
+        text = f"{sides[1].span.text} -> {sides[0].span.text}"
+        ctx.error(
+            scope, "E0244", "the student is on the left of `->`, where the teacher belongs", arg.value.span,
+            f"write `{text}`", fix=replace(arg.value.span, text, "swap the models"),
+        )  # fmt: skip
+        return False
+    for formal, side, value in zip(free, sides, values, strict=False):
         given[formal.name.text] = (value, side)
-        good = good and not isinstance(value, Unknown)
-    return good
+    return not any(isinstance(value, Unknown) for value in values)
+
+
+def _role(value: Value) -> str | None:
+    return value.role if isinstance(value, Model) else None
 
 
 def _checked_role(ctx: Context, scope: Scope, formal: ast.Formal, value: Value, expr: ast.Expr) -> Value:
@@ -199,7 +218,11 @@ def _checked_role(ctx: Context, scope: Scope, formal: ast.Formal, value: Value, 
     for model in models:
         if isinstance(model, Directed) or not isinstance(model, Model):
             return ctx.error(
-                scope, "E0233", f"`{formal.name.text}` is a {formal.role}, and this is {kind(model)}", expr.span
+                scope,
+                "E0233",
+                f"the method wants a {formal.role} here, and this is {kind(model)}",
+                expr.span,
+                f"it is the method's `{formal.name.text}`",
             )
         wrong = {("teacher", "student"), ("student", "teacher")}
         if (formal.role, model.role) in wrong:

@@ -38,7 +38,7 @@ def report(
             label = f"did you mean `{near}`?" if near is not None else "not an argument"
             return ctx.error(scope, "E0234", found.message, name_span or argument, label, notes=notes, fix=fix)
         case "repeated_argument":
-            return ctx.error(scope, "E0241", found.message, argument)
+            return ctx.error(scope, "E0241", found.message, argument, "a second time")
         case "missing_argument":
             return ctx.error(scope, "E0235", found.message, expr.span, found.expected or "", notes=notes)
         case "out_of_range":
@@ -48,15 +48,22 @@ def report(
                 fix = replace(argument, f'"{first}"' if isinstance(first, str) else str(first))
             return ctx.error(scope, "E0403", found.message, argument, "", notes=notes, fix=fix)
         case "wrong_type":
+            if found.message.endswith("is a tensor, not a plain value") and found.arg in written:
+                text = written[found.arg].span.text
+                return ctx.error(
+                    scope, "E0303", f"`{found.arg}` of `{spec.name}` is a tensor, and `{text}` is none", argument,
+                    _example(found.arg), notes=notes,
+                )  # fmt: skip
             return ctx.error(scope, "E0303", found.message, argument, "", notes=notes)
         case "rank":
             return ctx.error(scope, "E0308", found.message, argument, _shape(found, tensors), notes=notes)
         case "condition":
-            fix = None
-            if found.suggestions and found.arg in written:
-                fix = replace(argument, str(found.suggestions[0]))
-            return ctx.error(scope, "E0309", found.message, argument, "", notes=notes, fix=fix)
+            return ctx.error(scope, "E0309", found.message, argument, "", notes=notes)
     return _axis(ctx, scope, found, spec, expr, written, tensors)
+
+
+def _example(slot: str) -> str:
+    return "such as `batch.labels`" if slot == "labels" else "such as a tap: `s.logits`"
 
 
 def unit(ctx: Context, scope: Scope, name: str, spec: OpSpec, value: Value, where: ast.Expr) -> Value:
@@ -106,7 +113,7 @@ def _axis(
     first, second = found.dims[0], found.dims[1]
     shapes = [tensors[slot].type.long if slot in tensors else "" for slot in found.slots]
     labels = [Label(spans[1], shapes[1])]
-    origins = [f"{dim} from {dim.origin}{_declared(ctx, dim)}" for dim in (first, second) if dim.origin]
+    sources = origins(ctx, first, second)
     names = {dim.name.rsplit(".", 1)[-1] for dim in (first, second)}
     if names == {"V"}:
         trim = _trim(expr)
@@ -118,7 +125,7 @@ def _axis(
             shapes[0],
             labels=labels,
             notes=[
-                *origins,
+                *sources,
                 "where the sizes differ by padding only, compare the part that both have; "
                 "tokenizers that differ need a loss made for them",
             ],
@@ -128,7 +135,8 @@ def _axis(
         return ctx.error(
             scope, "E0322", f"the models tell a different number of classes apart: {first.size} and {second.size}",
             spans[0], shapes[0], labels=labels,
-            notes=[*origins, "give the student as many: `num_labels = t.num_labels`"],
+            notes=[*sources, f"give the student as many: `num_labels = {second.name.split('.')[0]}.num_labels`"],
+            fix=as_many(ctx, scope, first.name.split(".")[0], f"{second.name.split('.')[0]}.num_labels"),
         )  # fmt: skip
     if found.heads:
         return ctx.error(
@@ -139,9 +147,9 @@ def _axis(
             shapes[0],
             labels=labels,
             notes=[
-                *origins,
-                "attention maps are compared head by head; cut the features anew with "
-                "`self_relation(merge_heads(x), heads = n)`, or choose models with equal heads",
+                *sources,
+                "attention maps are compared head by head; choose models with equal heads, or compare relations "
+                "of queries, keys or values: `self_relation(s.layer[i].attn.v, heads = n)`",
             ],
         )
     if {first.name, second.name} & {"L", "B"}:
@@ -154,14 +162,33 @@ def _axis(
         spans[0],
         shapes[0],
         labels=labels,
-        notes=origins,
+        notes=sources,
         fix=_projection(ctx, scope, first, second, spans[0]) if last and "student" in found.slots else None,
     )
+
+
+def origins(ctx: Context, *dims: Dim) -> list[str]:
+    """Where each size comes from: the config field, and the line that declares the model."""
+    return [f"{dim} from {dim.origin}{_declared(ctx, dim)}" for dim in dims if dim.origin]
 
 
 def _declared(ctx: Context, dim: Dim) -> str:
     model = ctx.models.get(dim.name.split(".")[0])
     return f" (line {model.defined.line})" if model is not None and model.defined is not None else ""
+
+
+def as_many(ctx: Context, scope: Scope, model: str, count: str) -> Fix | None:
+    """The fix that declares a model with so many classes; None where its declaration is not in sight."""
+    definition = ctx.root_scope.names.get(model)
+    decl = definition.decl if definition is not None else None
+    if scope.uses or not isinstance(decl, ast.ModelDecl) or not isinstance(decl.value, ast.Call):
+        return None
+    title = f"give `{model}` as many classes"
+    for arg in decl.value.args:
+        if arg.name is not None and arg.name.text == "num_labels":
+            return replace(arg.value.span, count, title)
+    end = decl.value.span.end - 1
+    return Fix(title, (Edit(Span(decl.span.source, end, end), f", num_labels = {count}"),))
 
 
 def _trim(expr: ast.Expr) -> Fix | None:

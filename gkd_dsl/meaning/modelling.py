@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 from gkd_dsl.graph.nodes import AttrValue, ModelNode
@@ -12,6 +13,7 @@ from gkd_dsl.models import describe, locate
 from gkd_dsl.models.errors import ModelError
 from gkd_dsl.models.info import ModelInfo
 from gkd_dsl.models.locate import offline_by_environment
+from gkd_dsl.source import Span
 from gkd_dsl.syntax import ast
 
 TASKS = ("encoder", "classification", "masked_lm", "causal_lm")
@@ -37,8 +39,7 @@ def declare(ctx: Context, scope: Scope, decl: ast.ModelDecl) -> Value:
 def _block(ctx: Context, scope: Scope, decl: ast.ModelDecl) -> tuple[tuple[str, AttrValue], ...]:
     for stmt in decl.body:
         if not isinstance(stmt, ast.Setting):
-            ctx.error(scope, "E0413", "a model's block holds settings only", stmt.span)
-            continue
+            continue  # The parser said so.
         if stmt.name.text in _LATER:
             if isinstance(stmt.value, ast.Call):
                 for arg in stmt.value.args:
@@ -59,7 +60,8 @@ def _info(ctx: Context, scope: Scope, expr: ast.Expr) -> ModelInfo | None:
     if isinstance(expr, ast.Missing):
         return None
     if not isinstance(expr, ast.Call) or not isinstance(expr.func, ast.Name):
-        ctx.error(scope, "E0508", "a model is made by a call", expr.span, 'write `hf("...")`')
+        fix = replace(expr.span, f"hf({expr.span.text})") if isinstance(expr, ast.String) else None
+        ctx.error(scope, "E0508", "a model is made by a call", expr.span, 'write `hf("...")`', fix=fix)
         return None
     name = expr.func.id
     if name in ("cached", "logit_cache"):
@@ -156,29 +158,34 @@ def _made(
     try:
         locate.locate(base.value, root=scope.root, offline=offline)
     except ModelError as error:
-        _model_error(ctx, scope, error, at, "E0501", location=True)
+        _model_error(ctx, scope, error, at, "E0501")
         return None
     function: Callable = describe.describe if name == "hf" else describe.random_init
-    span = expr.span if not named else next(iter(spans[key] for key in named)).span
-    return _described(ctx, scope, lambda: function(base.value, overrides=named, **common, **place), span, "E0502", at)
+    return _described(
+        ctx, scope, lambda: function(base.value, overrides=named, **common, **place), expr.span, "E0502", expr
+    )
 
 
-def _name_span(expr: ast.Call, name: str):
+def _name_span(expr: ast.Call, name: str) -> Span:
     return next(arg.name.span for arg in expr.args if arg.name is not None and arg.name.text == name)
 
 
 def _described(
-    ctx: Context, scope: Scope, make: Callable[[], ModelInfo], span, code: str, whole=None
+    ctx: Context, scope: Scope, make: Callable[[], ModelInfo], span: Span, code: str, call: ast.Call | None = None
 ) -> ModelInfo | None:
     try:
         return make()
     except ModelError as error:
-        _model_error(ctx, scope, error, span if whole is None or error.near else span, code)
+        fix = None
+        for arg in call.args if call is not None else ():
+            # The message names the argument at fault.
+            if arg.name is not None and re.search(rf"\b{arg.name.text}\b", error.reason):
+                span = arg.name.span if error.near else arg.value.span
+                fix = replace(span, error.near[0]) if error.near else None
+        ctx.error(scope, code, error.reason, span, error.hint, fix=fix)
         return None
 
 
-def _model_error(ctx: Context, scope: Scope, error: ModelError, span, code: str, location: bool = False) -> None:
-    fix = None
-    if location and error.near:
-        fix = replace(span, f'"{error.near[0]}"')
+def _model_error(ctx: Context, scope: Scope, error: ModelError, span: Span, code: str) -> None:
+    fix = replace(span, f'"{error.near[0]}"') if error.near else None
     ctx.error(scope, code, error.reason, span, error.hint, fix=fix)

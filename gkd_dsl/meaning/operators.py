@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import cast
 
 from gkd_dsl import schedules
+from gkd_dsl.diagnostics import Note
 from gkd_dsl.graph.nodes import AttrValue, MetricNode, OpNode
 from gkd_dsl.meaning import mismatch, paths
 from gkd_dsl.meaning.context import Context, replace, suggest
@@ -31,6 +32,7 @@ from gkd_dsl.meaning.values import (
 )
 from gkd_dsl.ops import registry
 from gkd_dsl.ops.typing import Mismatch, PairOf, Typed, bind, check_call
+from gkd_dsl.source import Span
 from gkd_dsl.syntax import ast
 from gkd_dsl.types import BATCH, LENGTH, LossType, TensorType
 
@@ -108,13 +110,18 @@ def call(ctx: Context, scope: Scope, spec: registry.OpSpec, expr: ast.Call) -> V
                 return UNKNOWN
             losses[name] = atom
         else:
-            plain_value = plain(value)
+            plain_value = None if isinstance(value, Items) and not _is_plain(value) else plain(value)
             if plain_value is None:
                 return ctx.error(scope, "E0303", f"`{name}` of `{spec.name}` does not take {kind(value)}", where.span)
             if isinstance(plain_value, schedules.Span):
                 return mismatch.unit(ctx, scope, name, spec, value, where)
             values[name] = cast(AttrValue, plain_value)
     return _apply(ctx, scope, spec, tensors, values, expr, written, cast("Tensor | None", mask), losses)
+
+
+def _is_plain(value: Value) -> bool:
+    """Whether a value is a number, a text, a schedule, or a list of such."""
+    return all(_is_plain(item) for item in value.items) if isinstance(value, Items) else plain(value) is not None
 
 
 def _known_name(ctx: Context, scope: Scope, spec: registry.OpSpec, arg: ast.Arg) -> None:
@@ -136,13 +143,17 @@ def _two_sides(ctx: Context, scope: Scope, spec: registry.OpSpec, positional: li
     if not pairs or len(sides) < 2 or any(isinstance(p, PairOf) for p in positional):
         return False
     first, second = sides[0].value, sides[1].value
+    written = first.span.to(second.span)
+    roles = [{ctx.models[name].role for name in p.reads} if isinstance(p, Tensor) else set() for p in positional[:2]]
+    if roles == [{"teacher"}, {"student"}]:
+        first, second = second, first
     ctx.error(
         scope,
         "E0336",
         f"`{spec.name}` compares two sides: write `<-` between them",
-        first.span.to(second.span),
+        written,
         "student side <- teacher side",
-        fix=replace(first.span.to(second.span), f"{first.span.text} <- {second.span.text}"),
+        fix=replace(written, f"{first.span.text} <- {second.span.text}"),
     )
     return True
 
@@ -341,7 +352,7 @@ def _valid(
                 Unknown,
                 ctx.error(
                     scope, "E0306", f"`mask` speaks of tokens, and `{spec.name}` has one value for each text here",
-                    expr.span, f"the mask is {mask.type}",
+                    _mask_span(expr), f"the mask is {mask.type}",
                 ),
             )  # fmt: skip
         valid = mask if valid is None else _both(ctx, scope, valid, mask, expr)
@@ -353,6 +364,13 @@ def _valid(
         assert isinstance(there, Tensor)
         valid = there if valid is None else _both(ctx, scope, valid, there, expr)
     return valid
+
+
+def _mask_span(expr: ast.Expr) -> Span:
+    for arg in expr.args if isinstance(expr, ast.Call) else ():
+        if arg.name is not None and arg.name.text == _MASK:
+            return arg.value.span
+    return expr.span
 
 
 def _both(ctx: Context, scope: Scope, left: Tensor, right: Tensor, expr: ast.Expr) -> Tensor:
@@ -381,7 +399,13 @@ def valid_tokens(ctx: Context, scope: Scope, expr: ast.Expr) -> Tensor:
 def _as_mask(ctx: Context, scope: Scope, value: Value, expr: ast.Expr) -> Value:
     if not isinstance(value, Tensor) or value.type.dtype == "float":
         what = str(value.type) if isinstance(value, Tensor) else kind(value)
-        return ctx.error(scope, "E0304", f"`mask` is true or false for each position, and this is {what}", expr.span)
+        return ctx.error(
+            scope,
+            "E0304",
+            f"`mask` is true or false for each position, and this is {what}",
+            expr.span,
+            "compare with something: `batch.labels != -100`",
+        )
     if not value.from_batch:
         return ctx.error(
             scope,
@@ -513,7 +537,10 @@ def project(ctx: Context, scope: Scope, value: Tensor, block: Block, expr: ast.P
             expr.value.span,
             value.type.long,
             labels=(),
-            notes=_origins(last, block.in_dim),
+            notes=[
+                *mismatch.origins(ctx, last, block.in_dim),
+                *([Note(f"`{block.name}` is declared here", block.defined)] if block.defined is not None else []),
+            ],
         )
     type_ = TensorType("float", (*value.type.dims[:-1], block.out_dim))
     key = ctx.builder.fresh(f"op/{scope.prefix}project")
@@ -521,10 +548,6 @@ def project(ctx: Context, scope: Scope, value: Tensor, block: Block, expr: ast.P
     ctx.builder.connect(value.key, key, "x")
     ctx.builder.connect(block.key, key, "block")
     return Tensor(key, type_, value.carries | {block.key}, value.reads, value.next_token, value.causal)
-
-
-def _origins(*dims: object) -> list[str]:
-    return [f"{dim} from {dim.origin}" for dim in dims if getattr(dim, "origin", None)]
 
 
 def batch_column(ctx: Context, scope: Scope, expr: ast.Attr) -> Value:

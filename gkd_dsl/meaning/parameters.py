@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from gkd_dsl import schedules
 from gkd_dsl.diagnostics import SpecError
 from gkd_dsl.meaning.context import Context, ResolvedParam, replace, suggest
@@ -108,7 +110,7 @@ def fit(
         "model": True,
     }[wanted]
     if not fits:
-        return _wrong_type(ctx, scope, name, value, wanted, span)
+        return _wrong_type(ctx, scope, name, value, wanted, within, span)
     if wanted == "float" and isinstance(value, Num):
         value = Num(float(value.value), value.dim)
     if within is not None and not _inside(ctx, scope, name, value, within, span):
@@ -116,7 +118,9 @@ def fit(
     return value
 
 
-def _wrong_type(ctx: Context, scope: Scope, name: str, value: Value, wanted: str, span: Span) -> Value:
+def _wrong_type(
+    ctx: Context, scope: Scope, name: str, value: Value, wanted: str, within: ast.Range | None, span: Span
+) -> Value:
     fix, hint, code = None, f"declared as `{wanted}`", "E0404"
     if isinstance(value, Length) and wanted in ("float", "int", "schedule"):
         code = "E0401"
@@ -124,16 +128,30 @@ def _wrong_type(ctx: Context, scope: Scope, name: str, value: Value, wanted: str
             hint = f"write {value.span.amount / 100:g}"
             fix = replace(span, f"{value.span.amount / 100:g}")
         else:
-            hint = "a number has no unit"
-            fix = replace(span, f"{value.span.amount:g}")
+            hint = "a number has no unit" if within is None else f"a number in {within.span.text}, without a unit"
+            if within is None or _holds(ctx, scope, within, value.span.amount):
+                fix = replace(span, f"{value.span.amount:g}")
     elif isinstance(value, Num | Length) and wanted in ("duration", "ratio"):
         code, hint = "E0401", "give it a unit: `10%`, `500 steps`"
         if isinstance(value, Num) and 0 <= value.value <= 1:
             fix = replace(span, f"{value.value * 100:g}%")
+    elif isinstance(value, Text) and wanted in ("float", "int") and _is_number(value.value):
+        hint = "without the quotes"
+        fix = replace(span, value.value.strip())
     elif isinstance(value, Num) and wanted == "int":
         hint = "a whole number has no decimals"
         fix = replace(span, str(round(value.value)))
     return ctx.error(scope, code, f"`{name}` takes {TYPES[wanted]}, and this is {kind(value)}", span, hint, fix=fix)
+
+
+def _is_number(text: str) -> bool:
+    return re.fullmatch(r"\s*\d+(\.\d+)?(e-?\d+)?\s*", text) is not None
+
+
+def _holds(ctx: Context, scope: Scope, within: ast.Range, number: float) -> bool:
+    """Whether a range of plain numbers holds a number."""
+    low, high = ctx.evaluate(scope, within.lo), ctx.evaluate(scope, within.hi)
+    return isinstance(low, Num) and isinstance(high, Num) and low.value <= number <= high.value
 
 
 def _inside(ctx: Context, scope: Scope, name: str, value: Value, within: ast.Range, span: Span) -> bool:

@@ -21,6 +21,7 @@ from gkd_dsl.meaning.values import (
     Unknown,
     Value,
     kind,
+    shown,
 )
 from gkd_dsl.models.resolve import TapError, resolve_tap
 from gkd_dsl.source import Span
@@ -103,7 +104,7 @@ def indexed(ctx: Context, scope: Scope, base: TapPart, expr: ast.Index) -> Value
     if isinstance(value, Items) and name == "layer":
         return _some_layers(ctx, scope, base.model, value, expr.args[0].span)
     if not isinstance(value, Num) or not isinstance(value.value, int):
-        return ctx.error(scope, "E0210", f"an index is a whole number, not {kind(value)}", expr.args[0].span)
+        return ctx.error(scope, "E0210", f"an index is a whole number, not {shown(value)}", expr.args[0].span)
     spans = (*base.spans[:-1], base.spans[-1].to(expr.args[0].span))
     part = TapPart(base.model, (*base.parts[:-1], (name, (value.value,))), spans)
     if name == "layer" and len(part.parts) == 1:
@@ -119,7 +120,7 @@ def _some_layers(ctx: Context, scope: Scope, model: Model, chosen: Items, span: 
     indices: list[int] = []
     for item in chosen.items:
         if not isinstance(item, Num) or not isinstance(item.value, int):
-            return ctx.error(scope, "E0210", f"an index is a whole number, not {kind(item)}", span)
+            return ctx.error(scope, "E0210", f"an index is a whole number, not {shown(item)}", span)
         if not -count <= item.value < count:
             return _bad_layer(ctx, scope, model, item.value, count, span)
         indices.append(item.value % count)
@@ -226,7 +227,8 @@ def _tap_error(ctx: Context, scope: Scope, part: TapPart, expr: ast.Expr, error:
     name, index = part.parts[at]
     notes: list[Note | str] = list(defined(model))
     if index is not None and error.kind == "index":
-        return ctx.error(scope, "E0204", error.reason, span, error.hint, notes=notes)
+        hint, _, more = error.hint.partition(": ")
+        return ctx.error(scope, "E0204", error.reason, span, hint, notes=[*notes, more] if more else notes)
     if error.kind == "headless":
         return ctx.error(
             scope,
@@ -241,7 +243,8 @@ def _tap_error(ctx: Context, scope: Scope, part: TapPart, expr: ast.Expr, error:
         )
     label, near = suggest(name, error.near or error.taps_here)
     if error.kind == "unavailable":
-        return ctx.error(scope, "E0202", error.reason, span, error.hint, notes=notes)
+        reason = error.reason.removesuffix(f": {error.hint}")
+        return ctx.error(scope, "E0202", reason, span, error.hint, notes=notes)
     if error.taps_here:
         notes.append(f"taps at this level: {', '.join(error.taps_here)}")
     span = Span(span.source, span.start, span.start + len(name))

@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from gkd_dsl.diagnostics import Label
 from gkd_dsl.graph.nodes import AttrValue
 from gkd_dsl.meaning.context import Context, replace, suggest
 from gkd_dsl.meaning.scope import Scope
 from gkd_dsl.meaning.values import Length, Num, Optimiser, Source, Text, Truth, Unknown, Value, kind, plain
+from gkd_dsl.source import Span
 from gkd_dsl.syntax import ast
 
 
@@ -125,10 +127,14 @@ def _value(ctx: Context, scope: Scope, rule: SettingRule, name: str, expr: ast.E
     if isinstance(value, Num) and rule.low is not None and rule.high is not None:
         if not rule.low <= value.value <= rule.high:
             return ctx.error(
-                scope, "E0403", f"`{name}` is {value.value:g}, outside {rule.low:g} to {rule.high:g}", expr.span,
-                rule.doc, fix=replace(expr.span, f"{min(max(value.value, rule.low), rule.high):g}"),
+                scope, "E0403", f"`{name}` is {value.value}, outside {_number(rule.low)} to {_number(rule.high)}", expr.span,
+                rule.doc, fix=replace(expr.span, _number(min(max(value.value, rule.low), rule.high))),
             )  # fmt: skip
     return value
+
+
+def _number(value: float) -> str:
+    return str(int(value)) if value == int(value) else f"{value:g}"
 
 
 def _word(ctx: Context, scope: Scope, rule: SettingRule, name: str, expr: ast.Expr) -> Value:
@@ -150,11 +156,28 @@ def runtime(ctx: Context, scope: Scope, decl: ast.Runtime) -> tuple[tuple[str, A
     found = read(ctx, scope, RUNTIME, plain_settings, "`runtime`")
     for stmt in decl.body:
         if isinstance(stmt, ast.Placement):
-            if stmt.name.text not in ctx.models and scope.find(stmt.name.text) is None:
-                label, near = suggest(stmt.name.text, ctx.models)
-                ctx.error(
-                    scope, "E0203", f"no model is called `{stmt.name.text}`", stmt.name.span, label,
-                    fix=replace(stmt.name.span, near) if near else None,
-                )  # fmt: skip
+            _placed(ctx, scope, stmt)
             read(ctx, scope, PLACEMENT, list(stmt.body), f"the placement of `{stmt.name.text}`")
     return tuple(sorted((name, plain(value)) for name, value in found.items()))  # type: ignore[misc]
+
+
+def _placed(ctx: Context, scope: Scope, placement: ast.Placement) -> None:
+    """The model of a placement is there, and has the role that is written."""
+    name = placement.name.text
+    found = scope.find(name)
+    if found is None:
+        label, near = suggest(name, ctx.models)
+        ctx.error(
+            scope, "E0203", f"no model is called `{name}`", placement.name.span, label,
+            fix=replace(placement.name.span, near) if near else None,
+        )  # fmt: skip
+        return
+    decl = found[0].decl
+    if not isinstance(decl, ast.ModelDecl):
+        ctx.error(scope, "E0233", f"`{name}` is no model, and has no place", placement.name.span)
+    elif decl.role != placement.role:
+        written = Span(placement.span.source, placement.span.start, placement.span.start + len(placement.role))
+        ctx.error(
+            scope, "E0244", f"`{name}` is declared as a {decl.role}, not as a {placement.role}", written,
+            labels=[Label(decl.name.span, "declared here", primary=False)], fix=replace(written, decl.role),
+        )  # fmt: skip

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import networkx as nx
 
 from gkd_dsl import schedules
 from gkd_dsl.diagnostics import Edit, Fix, Label
-from gkd_dsl.graph.nodes import ForwardNode, OpNode, ProjectNode, SourceSpec, StageNode
+from gkd_dsl.graph.nodes import BatchNode, ForwardNode, OpNode, ProjectNode, SourceSpec, StageNode, TrainTarget
+from gkd_dsl.meaning import mismatch
 from gkd_dsl.meaning.context import Context
 from gkd_dsl.meaning.scope import Scope
 from gkd_dsl.meaning.training import Training
@@ -31,7 +34,8 @@ def reach(
         reached |= loss.carries
         if schedules.is_zero(weight):
             ctx.warning(
-                scope, "W0702", f"`{loss.name}` has the weight 0 in this stage", minimize.value.span,
+                scope, "W0702", f"`{loss.name}` has the weight 0 in this stage",
+                mention(minimize.value, loss.name, minimize.value.span),
                 "it is not computed",
             )  # fmt: skip
             continue
@@ -49,10 +53,11 @@ def reach(
         else:
             notes = ["both of its sides are detached"]
         node = ctx.builder.node(loss.key)
+        at = mention(minimize.value, loss.name, minimize.value.span)
         where = node.locations[0].span if node.locations and not scope.uses else minimize.value.span
         labels = [Label(where, "defined here", primary=False)] if where != minimize.value.span else []
         ctx.error(
-            scope, "E0340", f"`{loss.name}` reaches nothing that this stage trains", minimize.value.span,
+            scope, "E0340", f"`{loss.name}` reaches nothing that this stage trains", at,
             "its gradient goes nowhere", labels=labels, notes=notes, fix=fix,
         )  # fmt: skip
     if not trained.said:
@@ -60,11 +65,40 @@ def reach(
     for target in trained.targets:
         name = target.name if target.kind == "model" else f"project/{target.name}"
         if name not in reached:
-            train = next(stmt for stmt in decl.body if isinstance(stmt, ast.Train))
+            listed = [written for stmt in decl.body if isinstance(stmt, ast.Train) for written in stmt.targets]
+            at = next((w.span for w in listed if w.span.text.split(".")[0] == target.name), listed[0].span)
             ctx.warning(
-                scope, "W0703", f"`{target.name}` is trained in this stage, but no loss reaches it", train.span,
+                scope, "W0703", f"`{target.name}` is trained in this stage, but no loss reaches it", at,
                 "it stays as it is",
             )  # fmt: skip
+
+
+def mention(expr: ast.Expr, name: str, otherwise: Span) -> Span:
+    """Where an objective names a loss: `hard`, `k.soft`, `att[3]`."""
+    plain = name.split(".")[0].replace("/", ".")
+    waiting: list[object] = [expr]
+    while waiting:
+        node = waiting.pop(0)
+        if isinstance(node, ast.Name | ast.Attr) and node.span.text == plain:
+            return node.span
+        if isinstance(node, ast.Node):
+            waiting += [getattr(node, field.name) for field in fields(node)]
+        elif isinstance(node, tuple):
+            waiting += node
+    return otherwise
+
+
+def held_out(ctx: Context, scope: Scope, decl: ast.Stage, source: SourceSpec | None) -> None:
+    """A stage that evaluates has data that it does not train on."""
+    evaluate = next((stmt for stmt in decl.body if isinstance(stmt, ast.Evaluate)), None)
+    if evaluate is None or source is None or "held_out" not in dict(source.args) or source.arg("held_out"):
+        return
+    where = source.location.span if source.location is not None else None
+    labels = [Label(where, "holds out nothing", primary=False)] if where is not None and not scope.uses else []
+    ctx.error(
+        scope, "E0419", f"`{source.name}` holds out no rows to evaluate on", evaluate.span, "evaluated here",
+        labels=labels, notes=["give it `held_out = 10%`, or a file of its own: `held_out = \"test.csv\"`"],
+    )  # fmt: skip
 
 
 def _train(minimize: ast.Minimize, name: str) -> Fix:
@@ -83,7 +117,7 @@ def batch(ctx: Context, scope: Scope, decl: ast.Stage, node: StageNode, source: 
     names = sorted({f.model for f in forwards if isinstance(f, ForwardNode)})
     models = [ctx.models[name] for name in names]
     _vocabularies(ctx, scope, decl, models)
-    _teacher_projections(ctx, scope, decl, below)
+    _teacher_projections(ctx, scope, decl, node, below)
     if source is None:
         return
     head = next((m for m in models if m.role == "student"), models[0] if models else None)
@@ -126,7 +160,7 @@ def _vocabularies(ctx: Context, scope: Scope, decl: ast.Stage, models: list[Mode
         same = same_ids(owner.info.vocabulary, other)
         if same is False:
             labels = [
-                Label(m.defined, f"{m.info.vocabulary.size} tokens", primary=False)
+                Label(m.defined, f"a tokenizer of {m.info.vocabulary.size} tokens", primary=False)
                 for m in (model, owner)
                 if m.defined is not None and m.info.vocabulary is not None and not scope.uses
             ]
@@ -163,6 +197,7 @@ def _labels(
             ctx.error(
                 scope, "E0323", f"`{source.name}` has {count} labels, and `{model.name}` tells {classes} apart",
                 decl.name.span, "they meet here", labels=labels, notes=[f"write `num_labels = {count}`"],
+                fix=mismatch.as_many(ctx, scope, model.name, str(count)),
             )  # fmt: skip
 
 
@@ -177,24 +212,51 @@ def _models_that_meet_labels(ctx: Context, below: set[str]) -> set[str]:
     return met
 
 
-def _teacher_projections(ctx: Context, scope: Scope, decl: ast.Stage, below: set[str]) -> None:
-    """A projection that only ever stands on the teacher's side can make both sides constant."""
+def _teacher_projections(ctx: Context, scope: Scope, decl: ast.Stage, stage: StageNode, below: set[str]) -> None:
+    """A projection that trains and only ever stands on the teacher's side can make both sides constant."""
     graph = ctx.builder.graph
+    known: dict[str, bool] = {}
+    warned: set[Span | None] = set()
     for key in sorted(below):
         node = ctx.builder.node(key)
-        if not isinstance(node, ProjectNode):
+        if not isinstance(node, ProjectNode) or TrainTarget("project", node.name) not in stage.trains:
             continue
-        uses = [consumer for _, consumer in graph.out_edges(key)]
-        if uses and all(_detached(ctx, use) for use in uses):
-            where = node.locations[0].span if node.locations else decl.name.span
-            ctx.warning(
-                scope, "W0704", f"`{node.name}` projects the teacher's side, and nothing anchors it",
-                where if not scope.uses else decl.name.span, "it can learn a constant, which both sides then match",
-                notes=["give it a loss of its own, such as a cross entropy on its output, or freeze it"],
-            )  # fmt: skip
+        uses = [consumer for _, consumer in graph.out_edges(key) if consumer in below]
+        place = node.locations[0].span if node.locations else None
+        if place in warned or not uses or not all(_detached(ctx, use, known) for use in uses):
+            continue
+        if any(_is_op(ctx, key, "cross_entropy") for use in uses for key in nx.descendants(graph, use) & below):
+            continue
+        warned.add(place)
+        where = decl.name.span if place is None or scope.uses else place
+        ctx.warning(
+            scope, "W0704", f"`{node.name.split('.')[0]}` projects the teacher's side, and nothing anchors it",
+            where, "it can learn a constant, which both sides then match",
+            notes=["give it a loss of its own, such as a cross entropy on its output, or freeze it"],
+        )  # fmt: skip
 
 
-def _detached(ctx: Context, use: str) -> bool:
+def _is_op(ctx: Context, key: str, op: str) -> bool:
+    node = ctx.builder.node(key)
+    return isinstance(node, OpNode) and node.op == op
+
+
+def _detached(ctx: Context, use: str, known: dict[str, bool]) -> bool:
+    """Whether no gradient goes through what a projection is applied to."""
     source = ctx.builder.inputs(use).get("x")
-    node = ctx.builder.node(source) if source is not None else None
-    return isinstance(node, OpNode) and node.op == "detach"
+    return source is not None and _constant(ctx, source, known)
+
+
+def _constant(ctx: Context, key: str, known: dict[str, bool]) -> bool:
+    if key not in known:
+        node = ctx.builder.node(key)
+        known[key] = isinstance(node, BatchNode) or (
+            isinstance(node, OpNode)
+            and (
+                node.op == "detach"
+                or all(
+                    _constant(ctx, source, known) for slot, source in ctx.builder.inputs(key).items() if slot != "block"
+                )
+            )
+        )
+    return known[key]

@@ -78,6 +78,9 @@ def _one(ctx: Context, outer: Scope, decl: ast.Stage, name: str) -> None:
         return
     scope = Scope(outer.source, f"{outer.prefix}{name}/" if "." not in name else f"{outer.prefix}{name.split('.', 1)[1]}/",
                   outer.uses, outer, outer.root)  # fmt: skip
+    for stmt in decl.body:
+        if isinstance(stmt, ast.Run):
+            ctx.error(scope, "E0104", "`run` belongs at the top level", stmt.span, "not in a stage")
     imports.collect(ctx, scope, decl.body)
     for definition in list(scope.names.values()):
         value_of(ctx, scope, definition, definition.span or decl.span, scope)
@@ -102,6 +105,7 @@ def _one(ctx: Context, outer: Scope, decl: ast.Stage, name: str) -> None:
     for slot, metric in enumerate(dict.fromkeys(m for spec in evaluations for m in spec.metrics)):
         ctx.builder.connect(f"metric/{metric}", node.key, f"metric.{slot}")
     ctx.stages.append(node)
+    stage_checks.held_out(ctx, scope, decl, source)
     stage_checks.batch(ctx, scope, decl, node, source)
 
 
@@ -228,6 +232,11 @@ def _source(ctx: Context, scope: Scope, decl: ast.Stage, found: dict[str, Value]
     return None
 
 
+def _metrics(scope: Scope) -> list[str]:
+    names = [d.name for d in scope.visible() if isinstance(d.decl, ast.MetricDecl)]
+    return [f"declared metrics: {', '.join(names)}"] if names else []
+
+
 def _evaluations(ctx: Context, scope: Scope, decl: ast.Stage) -> tuple[list[EvaluateSpec], str | None]:
     evaluations: list[EvaluateSpec] = []
     best: str | None = None
@@ -242,7 +251,7 @@ def _evaluations(ctx: Context, scope: Scope, decl: ast.Stage) -> tuple[list[Eval
             elif not isinstance(value, Unknown):
                 ctx.error(
                     scope, "E0411", f"`evaluate` takes a metric, and this is {kind(value)}", written.span,
-                    f"declare one: `metric m = {written.span.text}`",
+                    f"declare one: `metric m = {written.span.text}`", notes=_metrics(scope),
                 )  # fmt: skip
         every = None
         if stmt.every is not None:

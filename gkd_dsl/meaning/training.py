@@ -63,10 +63,14 @@ def _targets(ctx: Context, scope: Scope, written: ast.Expr, carries: frozenset[s
     found = _of(value, carries)
     if found is None:
         ctx.error(
-            scope, "E0417", f"`train` and `freeze` take models, parts of them and projections, not {kind(value)}",
-            written.span, "a model, `s.body`, `s.embed`, `s.head`, `s.layer[i]`, or a projection",
+            scope, "E0417", f"{_what(value, written)} is not something that trains", written.span,
+            "a model, `s.body`, `s.embed`, `s.head`, `s.layer[i]`, or a projection",
         )  # fmt: skip
     return found
+
+
+def _what(value: Value, written: ast.Expr) -> str:
+    return f"the tap `{written.span.text}`" if isinstance(value, TapPart) else kind(value)
 
 
 def _of(value: Value, carries: frozenset[str]) -> list[TrainTarget] | None:

@@ -171,6 +171,7 @@ class Block:
     name: str
     in_dim: Dim
     out_dim: Dim
+    defined: Span | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -337,6 +338,16 @@ def kind(value: Value) -> str:
     if isinstance(value, Length):
         return "a percentage" if value.span.unit == "percent" else f"a duration in {value.span.unit}"
     return _KINDS[type(value)]
+
+
+def plural(count: int, one: str, many: str) -> str:
+    """ "1 index", "2 indices"."""
+    return f"{count} {one if count == 1 else many}"
+
+
+def shown(value: Value) -> str:
+    """What a value is where a whole number belongs: "1.5", "a list"."""
+    return f"{value.value:g}" if isinstance(value, Num) else kind(value)
 
 
 def as_schedule(value: Value) -> schedules.Schedule | None:
