@@ -1,0 +1,249 @@
+"""The local backend: optimisers, precision, checkpointing, clipping, and what stops a step."""
+
+import copy
+
+import pytest
+import torch
+from gkd_dsl.runtime.backends.base import Settings
+from gkd_dsl.runtime.backends.local import LocalBackend, device_of
+from gkd_dsl.runtime.errors import RunError
+from gkd_dsl.runtime.optim import LearningRate, make_optimizer
+from gkd_dsl.runtime.step import StepModule
+from plans import LOSSES, batch, models, rows_of, stage_plan
+from transformers import (
+    get_constant_schedule_with_warmup,
+    get_cosine_schedule_with_warmup,
+    get_linear_schedule_with_warmup,
+)
+
+from gkd_dsl.graph.nodes import OptimSpec
+from gkd_dsl.schedules import Clock, Constant, Span
+
+CLOCK = Clock(3, 11, 11.0)
+
+
+def started(losses=LOSSES, settings=None, optim=None, dropout=0.0, **rest):
+    made = models(dropout=dropout)
+    step = StepModule(stage_plan(losses, dropout=dropout, optim=optim, **rest), made)
+    backend = LocalBackend(settings or Settings(device="cpu"))
+    backend.begin(step, step.plan.stage.optim)
+    return backend, step, made
+
+
+def weights_of(step):
+    return {name: p.detach().clone() for name, p in step.trainable()}
+
+
+@pytest.mark.parametrize(
+    ("spec", "theirs"),
+    [
+        (
+            OptimSpec("adamw", 2e-3, 0.1, (0.8, 0.99), 1e-6, clip=0.5),
+            lambda groups: torch.optim.AdamW(groups, lr=2e-3, betas=(0.8, 0.99), eps=1e-6),
+        ),
+        (
+            OptimSpec("sgd", 2e-3, 0.1, momentum=0.9, clip=None),
+            lambda groups: torch.optim.SGD(groups, lr=2e-3, momentum=0.9),
+        ),
+    ],
+)
+def test_a_step_is_what_torch_makes_of_it(spec, theirs):
+    backend, step, made = started(("hard", "hid"), optim=spec)
+    twin = copy.deepcopy({"s": made["s"], "W": step.projections["W"], "t": made["t"]})
+    named = [*twin["s"].named_parameters(), *twin["W"].named_parameters()]
+
+    def plain(name):
+        return name.endswith("bias") or "LayerNorm" in name
+
+    optimizer = theirs(
+        [
+            {"params": [p for n, p in named if not plain(n)], "weight_decay": 0.1},
+            {"params": [p for n, p in named if plain(n)], "weight_decay": 0.0},
+        ]
+    )
+    twin["s"].train()
+    for number in range(3):
+        data = batch(4, 7, seed=number)
+        result = backend.step([data], CLOCK, 1e-3)
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3
+        inputs = {name: data[name] for name in ("input_ids", "attention_mask")}
+        out = twin["s"](**inputs, output_hidden_states=True)
+        with torch.no_grad():
+            teacher = twin["t"](**inputs, output_hidden_states=True).hidden_states[2]
+        valid = data["attention_mask"].bool()
+        hard = torch.nn.functional.cross_entropy(out.logits, data["labels"])
+        hid = 0.5 * (twin["W"](out.hidden_states[1]) - teacher)[valid].pow(2).mean(-1).mean()
+        (0.3 * hard + 0.6 * hid).backward()
+        if spec.clip is not None:
+            norm = torch.nn.utils.clip_grad_norm_([p for _, p in named], spec.clip)
+            assert result.gradient_norm == pytest.approx(norm.item(), rel=1e-4)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert result.terms["hard"] == pytest.approx(hard.item(), rel=1e-4)
+        assert result.loss == pytest.approx((0.3 * hard + 0.6 * hid).item(), rel=1e-4)
+    for (name, ours), (_, expected) in zip(step.trainable(), named, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=2e-4, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_weight_decay_leaves_biases_and_norms_alone():
+    _, step, _ = started(("hard",))
+    optimizer = make_optimizer(OptimSpec(weight_decay=0.3), step.trainable())
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in step.trainable():
+        assert decay[id(parameter)] == (0.0 if name.endswith("bias") or "LayerNorm" in name else 0.3), name
+
+
+@pytest.mark.parametrize("decay", ["linear", "cosine", "constant"])
+@pytest.mark.parametrize("warmup", [Span(0, "percent"), Span(6, "percent"), Span(7, "steps"), Span(0.5, "epochs")])
+def test_the_rate_is_that_of_transformers(decay, warmup):
+    spec, total = OptimSpec(lr=3e-4, warmup=warmup, decay=decay), 50
+    rate = LearningRate(spec, total, 20.0)
+    steps = {"percent": 3 if warmup.amount else 0, "steps": 7, "epochs": 10}[warmup.unit]
+    assert rate.warmup_steps == steps
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=3e-4)
+    schedule = {
+        "linear": lambda: get_linear_schedule_with_warmup(optimizer, steps, total),
+        "cosine": lambda: get_cosine_schedule_with_warmup(optimizer, steps, total),
+        "constant": lambda: get_constant_schedule_with_warmup(optimizer, steps),
+    }[decay]()
+    for step in range(total):
+        assert rate.at(step) == pytest.approx(schedule.get_last_lr()[0], rel=1e-9, abs=1e-15)
+        optimizer.step()
+        schedule.step()
+
+
+def test_a_warmup_in_tokens_becomes_steps_by_the_mean():
+    assert LearningRate(OptimSpec(warmup=Span(1000, "tokens")), 50, 20.0, 64.0).warmup_steps == 16
+
+
+def checkpointed(model):
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+def test_gradient_checkpointing_changes_nothing():
+    found = []
+    for on in (False, True):
+        torch.manual_seed(5)
+        backend, step, made = started(settings=Settings(device="cpu", checkpoint=on), dropout=0.1)
+        assert checkpointed(made["s"]) == on
+        results = [backend.step([batch(seed=n)], CLOCK, 1e-3) for n in range(2)]
+        found.append((results, weights_of(step)))
+        backend.end()
+        assert not checkpointed(made["s"])
+    assert found[0][0] == found[1][0]
+    for name, value in found[0][1].items():
+        assert torch.equal(value, found[1][1][name]), name
+
+
+def test_accumulating_four_micro_batches_is_one_batch_of_eight():
+    data = batch(8, 9, seed=4, lengths=[9, 2, 3, 9, 4, 2, 7, 1])
+    whole, *_ = started()
+    parts, *_ = started()
+    a = whole.step([data], CLOCK, 1e-3)
+    b = parts.step([rows_of(data, n, n + 2) for n in range(0, 8, 2)], CLOCK, 1e-3)
+    assert b.loss == pytest.approx(a.loss, rel=1e-5)
+    assert b.terms == pytest.approx(a.terms, rel=1e-5)
+    assert b.gradient_norm == pytest.approx(a.gradient_norm, rel=1e-4)
+
+
+def test_bf16_forwards_and_fp32_losses():
+    torch.manual_seed(0)
+    exact, _, _ = started()
+    cast, step, _ = started(settings=Settings(precision="bf16", device="cpu"))
+    seen = {}
+    functions = step._program._functions
+    kl, project = functions["kl"], functions["project"]
+    functions["kl"] = lambda **given: seen.setdefault("kl", (given["student"].dtype, kl(**given)))[1]
+    functions["project"] = lambda **given: seen.setdefault("project", project(**given))
+    data = batch()
+    a, b = exact.step([data], CLOCK, 1e-3), cast.step([data], CLOCK, 1e-3)
+    assert seen["kl"][0] == torch.bfloat16
+    assert seen["kl"][1].dtype == torch.float32
+    assert seen["project"].dtype == torch.bfloat16
+    assert b.loss != a.loss
+    assert b.loss == pytest.approx(a.loss, rel=0.05)
+    assert all(p.dtype == torch.float32 for _, p in step.trainable())
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_name_and_changes_nothing():
+    backend, step, _ = started()
+    before = weights_of(step)
+    function = step._program._functions["kl"]
+    step._program._functions["kl"] = lambda **given: function(**given) / 0.0
+    with pytest.raises(RunError, match=r"E0802: loss `soft` is inf in step 4 of stage `main`"):
+        backend.step([batch()], CLOCK, 1e-3)
+    assert all(torch.equal(before[name], p) for name, p in step.trainable())
+    assert all(p.grad is None for _, p in step.trainable())
+
+
+def test_a_gradient_that_is_not_finite_names_its_loss():
+    backend, step, _ = started(weights={"hid": Constant(1.0)})
+    before = weights_of(step)
+    function = step._program._functions["mse"]
+
+    def broken(student, **given):
+        value = function(student=student, **given)
+        if student.ndim == 3:
+            student.register_hook(lambda gradient: gradient * float("nan"))
+        return value
+
+    step._program._functions["mse"] = broken
+    with pytest.raises(RunError, match=r"E0802: the gradient of loss `hid` is not finite in step 4"):
+        backend.step([batch()], CLOCK, 1e-3)
+    assert all(torch.equal(before[name], p) for name, p in step.trainable())
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: not enough memory"),
+        MemoryError(),
+    ],
+)
+def test_too_little_memory_says_what_to_lower(error):
+    backend, step, _ = started(("hard",))
+
+    def full(**given):
+        raise error
+
+    step._program._functions["cross_entropy"] = full
+    with pytest.raises(RunError) as raised:
+        backend.step([batch(4, 7)], CLOCK, 1e-3)
+    assert raised.value.code == "E0803"
+    assert "a micro-batch of 4 texts of 7 tokens" in raised.value.message
+    assert "lower `batch_size` to 2 and double `accumulate`" in raised.value.hint
+
+
+def test_another_error_is_not_taken_for_one_of_memory():
+    backend, step, _ = started(("hard",))
+
+    def broken(**given):
+        raise RuntimeError("shapes differ")
+
+    step._program._functions["cross_entropy"] = broken
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        backend.step([batch()], CLOCK, 1e-3)
+
+
+def test_the_optimizer_comes_back_bit_for_bit():
+    backend, step, _ = started(("hard", "hid"))
+    for number in range(2):
+        backend.step([batch(seed=number)], CLOCK, 1e-3)
+    saved = {key: value.clone() for key, value in backend.optimizer_state().items()}
+    weights = weights_of(step)
+    other, other_step, _ = started(("hard", "hid"))
+    with torch.no_grad():
+        for name, p in other_step.trainable():
+            p.copy_(weights[name])
+    other.load_optimizer_state(saved)
+    assert backend.step([batch(seed=5)], CLOCK, 1e-3) == other.step([batch(seed=5)], CLOCK, 1e-3)
+    assert all(torch.equal(weights_of(step)[name], value) for name, value in weights_of(other_step).items())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there_is_refused():
+    assert device_of("auto").type == "cpu"
+    with pytest.raises(RunError, match="torch sees no GPU here"):
+        device_of("cuda")
