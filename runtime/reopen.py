@@ -1,0 +1,56 @@
+"""A run folder opened again: its metrics, its models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gkd_dsl.meaning.check import Checked
+from gkd_dsl.runtime.errors import CANNOT_RUN, CHECKPOINT, RunError
+from gkd_dsl.runtime.evaluate import Evaluator
+from gkd_dsl.runtime.loop import length_of
+from gkd_dsl.runtime.run_folder import RunFolder
+from gkd_dsl.runtime.session import export_model, plan_of, students
+from gkd_dsl.runtime.stages import Run
+from gkd_dsl.schedules import Clock
+
+_NAMES = ("last", "best")
+
+
+def _open(checked: Checked, folder: Path, checkpoint: str) -> Run:
+    if checkpoint not in _NAMES:
+        raise RunError(CHECKPOINT, f"there is no checkpoint `{checkpoint}`", "it is `last` or `best`")
+    run = Run(plan_of(checked), folder=RunFolder.open(folder), root=checked.root)
+    run.restore(checkpoint)
+    return run
+
+
+def evaluate_run(checked: Checked, folder: Path, checkpoint: str = "last") -> dict[str, dict[str, float]]:
+    """The metrics of every stage over its held-out set, with the models of a checkpoint: by stage and name.
+
+    Raises RunError, DataError and SpecError.
+    """
+    run = _open(checked, folder, checkpoint)
+    found: dict[str, dict[str, float]] = {}
+    for plan in run.plan.stages:
+        names = tuple(item.metric.name for item in plan.metrics)
+        if not names:
+            continue
+        loader = run.loader(plan)
+        models = {node.name: run.model(node.name) for node in plan.models}
+        run.make_projections(plan)
+        total = length_of(plan.stage, loader).total_steps
+        clock = Clock(total, total, float(loader.steps_per_epoch(plan.stage.accumulate)))
+        evaluator = Evaluator(plan, models, run.projections)
+        found[plan.name] = dict(evaluator(names, loader.held_out(), run.backend, clock))
+    if not found:
+        raise RunError(CANNOT_RUN, "this spec has no metric", "declare one: `metric acc = accuracy(...)`")
+    return found
+
+
+def export_run(checked: Checked, folder: Path, checkpoint: str, to: Path, model: str | None) -> tuple[Path, str]:
+    """Write a model of a run: its folder and its name in the spec. Raises RunError, ExportError and SpecError."""
+    run = _open(checked, folder, checkpoint)
+    name = model or next(iter(students(run.plan)), None)
+    if name is None:
+        raise RunError(CANNOT_RUN, "this spec trains no model", "name one: `--model s`")
+    return export_model(checked, run.plan, run, name, to), name

@@ -1,0 +1,245 @@
+"""A whole run: from a checked spec to a run folder, an exported student, and a comparison with its teacher."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+from gkd_dsl import extension
+from gkd_dsl.diagnostics import Diagnostics, SpecError
+from gkd_dsl.diagnostics.render import render_json
+from gkd_dsl.graph.passes import compile_plan
+from gkd_dsl.graph.plan import Apply, SpecPlan, StagePlan
+from gkd_dsl.meaning.check import Checked
+from gkd_dsl.meaning.resolved import resolved_text
+from gkd_dsl.runtime.compare import Comparison, compare
+from gkd_dsl.runtime.data import Loader
+from gkd_dsl.runtime.errors import CANNOT_RUN, RunError
+from gkd_dsl.runtime.export import export
+from gkd_dsl.runtime.logs import evaluations
+from gkd_dsl.runtime.models.load import load_tokenizer
+from gkd_dsl.runtime.records import Listener
+from gkd_dsl.runtime.run_folder import RunFolder
+from gkd_dsl.runtime.stages import Run, RunResult
+
+_SENTENCES = 128
+_ABOUT = "run.json"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a finished run leaves: its folder, the exported students, metrics by stage, teacher beside student."""
+
+    folder: Path
+    exports: Mapping[str, Path]
+    metrics: Mapping[str, Mapping[str, float]]
+    before: Mapping[str, Mapping[str, float]]
+    comparison: Comparison | None = None
+    result: RunResult | None = field(default=None, repr=False)
+
+
+def plan_of(checked: Checked) -> SpecPlan:
+    """The plan of a spec that can run; its Python files are run here.
+
+    Raises SpecError: it does not check, a parameter has no value, or it asks for what this version does not run.
+    """
+    problems = Diagnostics(list(checked.diagnostics.errors))
+    for diagnostic in checked.later:
+        problems.error(
+            diagnostic.code,
+            diagnostic.message,
+            diagnostic.span,
+            "not in this version",
+            labels=diagnostic.labels[1:],
+            notes=diagnostic.notes,
+        )
+    for name, span in checked.unset.items():
+        problems.error("E0419", f"the parameter `{name}` has no value", span, f"run with `--set {name}=...`")
+    if not problems.ok:
+        raise SpecError(problems)
+    for path in checked.python:
+        try:
+            extension.load(path, checked.root)
+        except extension.ExtensionError as error:
+            raise RunError(CANNOT_RUN, str(error), error.hint or "") from error
+    return compile_plan(checked.graph, runtime=checked.runtime)
+
+
+def run_spec(
+    checked: Checked,
+    *,
+    name: str,
+    params: Mapping[str, str] | None = None,
+    out: Path | None = None,
+    resume: bool = False,
+    listeners: Sequence[Listener] = (),
+    measure: bool = True,
+) -> Outcome:
+    """Run a checked spec, export its students and measure them beside their teacher.
+
+    `name` names the run folder below `runs/` unless `out` is given. With `resume` the newest folder of that name
+    (or `out`) is gone on with. Raises SpecError (see `plan_of`), RunError and ExportError, and Stopped on a request
+    to stop.
+    """
+    plan = plan_of(checked)
+    if resume:
+        folder = RunFolder.open(out if out is not None else newest(name))
+    else:
+        folder = RunFolder.create(name, out=out)
+        folder.write_spec(resolved_text(checked))
+        folder.write_diagnostics(json.loads(render_json(checked.diagnostics)))
+        folder.write_json(
+            _ABOUT,
+            {
+                "spec": str(checked.file.source.path or checked.file.source.name),
+                "params": dict(params or {}),
+                "gkd_dsl": version("gkd-dsl"),
+            },
+        )
+    run = Run(plan, folder=folder, root=checked.root, listeners=listeners)
+    result = run.run(resume=resume)
+    return finish(checked, plan, folder, run, result, measure=measure)
+
+
+def finish(
+    checked: Checked, plan: SpecPlan, folder: RunFolder, run: Run, result: RunResult, *, measure: bool = True
+) -> Outcome:
+    """Export the students of a finished run, and compare."""
+    before: dict[str, dict[str, float]] = {}
+    for record in evaluations(folder):
+        if record.step == 0:
+            before.setdefault(record.stage, {}).update(record.metrics)
+    last = plan.stages[-1]
+    loader = run.loader(last)
+    exports: dict[str, Path] = {}
+    names = students(plan)
+    after = result.metrics.get(last.name, {})
+    for name in names:
+        target = folder.export if len(names) == 1 else folder.export / name
+        exports[name] = export_model(checked, plan, run, name, target, metrics=_pairs(before.get(last.name, {}), after))
+    comparison = None
+    teacher = next((node.name for node in last.models if node.role == "teacher"), None)
+    if measure and teacher is not None and names:
+        comparison = compare(
+            {teacher: result.models[teacher], names[0]: result.models[names[0]]},
+            _some(loader),
+            metrics=_shown(before.get(last.name, {}), after),
+            folders=_folders(plan, teacher, names[0], exports),
+        )
+        folder.write_json("comparison.json", comparison.to_json())
+    return Outcome(folder.path, exports, result.metrics, before, comparison, result)
+
+
+def students(plan: SpecPlan) -> list[str]:
+    """What a run exports: the trained students, else what the last stage trains."""
+    roles = {node.name: node.role for stage in plan.stages for node in stage.models}
+    trained = dict.fromkeys(
+        target.name for stage in plan.stages for target in stage.stage.trains if target.kind == "model"
+    )
+    found = [name for name in trained if roles.get(name) == "student"]
+    last = [target.name for target in plan.stages[-1].stage.trains if target.kind == "model"]
+    return found or list(dict.fromkeys(last))
+
+
+def export_model(
+    checked: Checked,
+    plan: SpecPlan,
+    run: Run,
+    name: str,
+    target: Path,
+    *,
+    metrics: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write one model of a run with its tokenizer and a model card. Raises ExportError."""
+    last = plan.stages[-1]
+    info = checked.models[name].info
+    loader = run.loader(last)
+    roles = {node.name: node for stage in plan.stages for node in stage.models}
+    return export(
+        run.model(name),
+        load_tokenizer(info),
+        target,
+        spec_text=resolved_text(checked),
+        card={
+            "name": Path(checked.file.source.name).stem,
+            "spec": Path(checked.file.source.name).name,
+            "teachers": [node.info.location for node in roles.values() if node.role == "teacher"],
+            "student": info.location,
+            "data": list(dict.fromkeys(s.stage.source.kind for s in plan.stages if s.stage.source is not None)),
+            "metrics": dict(metrics or {}),
+            "version": version("gkd-dsl"),
+            "date": date.today().isoformat(),
+        },
+        label_names=getattr(loader, "label_names", ()) if info.task == "classification" else (),
+        pooling=_pooling(last, name),
+        max_length=last.stage.max_length,
+    )
+
+
+def newest(name: str, root: Path = Path("runs")) -> Path:
+    """The newest run folder of a spec. Raises RunError where there is none."""
+    found = [
+        path
+        for path in root.glob(f"{name}*")
+        if path.is_dir() and path.name.removeprefix(name).lstrip("-").isdigit() or path.name == name
+    ]
+    if not found:
+        raise RunError(CANNOT_RUN, f"there is no run of {name} below {root}/", "start one without `--resume`")
+    return max(found, key=lambda path: path.stat().st_mtime)
+
+
+def about(folder: Path) -> dict[str, Any]:
+    """What a run folder says of its spec: its path and parameters. Raises RunError."""
+    try:
+        return json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(CANNOT_RUN, f"{folder} is not a run folder", f"it has no readable {_ABOUT}") from error
+
+
+def _pooling(stage: StagePlan, name: str) -> Literal["mean", "cls"] | None:
+    """How the objective made one vector of a text, where it did so from the student's last hidden state."""
+    forwards = [forward for forward in stage.forwards if forward.model == name]
+    final = {
+        tap.key
+        for forward in forwards
+        for tap in forward.taps
+        if tap.path.kind == "final" or tap.path == max((t.path for t in forward.taps if t.path.kind == "hidden"), default=None)
+    }
+    for step in stage.program:
+        if isinstance(step, Apply) and step.op in ("pool", "cls") and dict(step.inputs).get("x") in final:
+            return "mean" if step.op == "pool" else "cls"
+    return None
+
+
+def _pairs(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, Any]:
+    return {name: {"before": before.get(name), "after": value} for name, value in after.items()}
+
+
+def _shown(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, tuple[float | None, float | None]]:
+    return {name: (before.get(name), value) for name, value in after.items()}
+
+
+def _some(loader: Loader) -> list[dict[str, Any]]:
+    """A few held-out batches, enough to time a model on."""
+    found: list[dict[str, Any]] = []
+    for batch in loader.held_out():
+        found.append(batch)
+        if sum(len(each["input_ids"]) for each in found) >= _SENTENCES:
+            break
+    return found
+
+
+def _folders(plan: SpecPlan, teacher: str, student: str, exports: Mapping[str, Path]) -> dict[str, str | Path]:
+    """Where the weights of both are on the disk."""
+    infos = {node.name: node.info for stage in plan.stages for node in stage.models}
+    trained = {target.name for stage in plan.stages for target in stage.stage.trains if target.kind == "model"}
+    found: dict[str, str | Path] = {student: exports[student]}
+    path = infos[teacher].path
+    if path is not None and teacher not in trained and infos[teacher].build.kind == "hf":
+        found[teacher] = path
+    return found
