@@ -10,7 +10,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from gkd_dsl import extension
 from gkd_dsl.diagnostics import Diagnostics, SpecError
 from gkd_dsl.diagnostics.render import render_json
 from gkd_dsl.graph.passes import compile_plan
@@ -44,7 +43,7 @@ class Outcome:
 
 
 def plan_of(checked: Checked) -> SpecPlan:
-    """The plan of a spec that can run; its Python files are run here.
+    """The plan of a spec that can run.
 
     Raises SpecError: it does not check, a parameter has no value, or it asks for what this version does not run.
     """
@@ -62,11 +61,6 @@ def plan_of(checked: Checked) -> SpecPlan:
         problems.error("E0419", f"the parameter `{name}` has no value", span, f"run with `--set {name}=...`")
     if not problems.ok:
         raise SpecError(problems)
-    for path in checked.python:
-        try:
-            extension.load(path, checked.root)
-        except extension.ExtensionError as error:
-            raise RunError(CANNOT_RUN, str(error), error.hint or "") from error
     return compile_plan(checked.graph, runtime=checked.runtime)
 
 
