@@ -46,7 +46,7 @@ class GraphBuilder:
         for key in (producer, consumer):
             if key not in self.graph:
                 raise GraphError(key, f"no such node (slot {slot!r} of {consumer})")
-        held = self.inputs(consumer).get(slot)
+        held = next((source for source, _, taken in self.graph.in_edges(consumer, data="slot") if taken == slot), None)
         if held is None:
             self.graph.add_edge(producer, consumer, slot=slot)
         elif held != producer:

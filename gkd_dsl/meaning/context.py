@@ -11,7 +11,8 @@ from gkd_dsl.diagnostics.suggest import did_you_mean
 from gkd_dsl.graph.build import GraphBuilder
 from gkd_dsl.graph.nodes import StageNode
 from gkd_dsl.meaning.scope import Scope
-from gkd_dsl.meaning.values import UNKNOWN, Instance, Model, Value
+from gkd_dsl.meaning.values import UNKNOWN, Instance, Model, Tensor, Value
+from gkd_dsl.ops.typing import Mismatch, Typed
 from gkd_dsl.source import Location, Source, Span
 from gkd_dsl.sources import SourceKind
 from gkd_dsl.syntax import ast
@@ -61,6 +62,10 @@ class Context:
     """Checks that wait until every declaration has its value."""
     using: list[ast.MethodDecl] = field(default_factory=list)
     """The methods that are being used, outermost first."""
+    shared: dict[tuple[str, str], Tensor] = field(default_factory=dict)
+    """Operators that many losses need once: the valid tokens, and a tap without its gradient."""
+    typed: dict[tuple[object, ...], Typed | Mismatch] = field(default_factory=dict)
+    """What was found of each call, by operator, shapes and values: layers differ in nothing else."""
     elements: int = 0
     """Elements of comprehensions so far; a spec that asks for too many is refused."""
     depth: int = 0

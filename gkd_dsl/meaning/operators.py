@@ -284,7 +284,10 @@ def _apply(
             values["vocabulary"] = min(known)
     shapes: dict[str, TensorType | LossType] = {name: tensor.type for name, tensor in tensors.items()}
     shapes.update({name: atom.type for name, atom in losses.items()})
-    result = check_call(spec, shapes, values)
+    call = (spec.name, tuple(shapes.items()), tuple((name, type(value), value) for name, value in values.items()))
+    result = ctx.typed.get(call)
+    if result is None:
+        result = ctx.typed[call] = check_call(spec, shapes, values)
     if isinstance(result, Mismatch):
         return mismatch.report(ctx, scope, result, spec, expr, written, tensors)
     inputs = {name: tensor.key for name, tensor in tensors.items()}
@@ -389,10 +392,14 @@ def _next_token(ctx: Context, scope: Scope, tensor: Tensor, expr: ast.Expr) -> T
 
 def valid_tokens(ctx: Context, scope: Scope, expr: ast.Expr) -> Tensor:
     """`attention_mask` as Bool[B, L]."""
+    made = ctx.shared.get(("valid_tokens", ""))
+    if made is not None:
+        return made
     column = paths.column_node(ctx, "attention_mask")
     mask = Tensor(column, TensorType("int", (BATCH, LENGTH)), from_batch=True)
     valid = apply(ctx, scope, "valid_tokens", {"x": mask}, {}, expr)
     assert isinstance(valid, Tensor)
+    ctx.shared["valid_tokens", ""] = valid
     return valid
 
 

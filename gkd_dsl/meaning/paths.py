@@ -195,10 +195,14 @@ def as_tensor(ctx: Context, scope: Scope, value: Value, expr: ast.Expr) -> Value
 
 def detached(ctx: Context, scope: Scope, tensor: Tensor, expr: ast.Expr) -> Tensor:
     """The same tensor with no gradient through it."""
-    key = ctx.builder.fresh(f"op/{scope.prefix}detach")
-    ctx.builder.add(OpNode(key, "detach", (), tensor.type, locations=(ctx.location(scope, expr.span),)))
-    ctx.builder.connect(tensor.key, key, "x")
-    return replace_fields(tensor, key=key, carries=frozenset())
+    made = ctx.shared.get(("detach", tensor.key))
+    if made is None:
+        key = ctx.builder.fresh(f"op/{scope.prefix}detach")
+        ctx.builder.add(OpNode(key, "detach", (), tensor.type, locations=(ctx.location(scope, expr.span),)))
+        ctx.builder.connect(tensor.key, key, "x")
+        made = replace_fields(tensor, key=key, carries=frozenset())
+        ctx.shared["detach", tensor.key] = made
+    return made
 
 
 def forward(ctx: Context, scope: Scope, model: Model, span: Span) -> None:

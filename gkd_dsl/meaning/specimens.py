@@ -48,8 +48,8 @@ def check_methods(ctx: Context, scope: Scope, found: list[ast.MethodDecl]) -> No
 
 
 def _try(ctx: Context, outer: Scope, decl: ast.MethodDecl, task: Task, layers: int) -> list[Diagnostic]:
-    held = (ctx.diagnostics, ctx.builder, ctx.models, ctx.stages)
-    ctx.diagnostics, ctx.builder, ctx.models, ctx.stages = Diagnostics(), GraphBuilder(), {}, []
+    held = (ctx.diagnostics, ctx.builder, ctx.models, ctx.stages, ctx.shared)
+    ctx.diagnostics, ctx.builder, ctx.models, ctx.stages, ctx.shared = Diagnostics(), GraphBuilder(), {}, [], {}
     try:
         inner = Scope(outer.source, "", (), methods.surroundings(outer), outer.root)
         for formal in decl.formals:
@@ -60,7 +60,7 @@ def _try(ctx: Context, outer: Scope, decl: ast.MethodDecl, task: Task, layers: i
                 stages.elaborate(ctx, inner, stage)
         return list(ctx.diagnostics)
     finally:
-        ctx.diagnostics, ctx.builder, ctx.models, ctx.stages = held
+        ctx.diagnostics, ctx.builder, ctx.models, ctx.stages, ctx.shared = held
 
 
 def _formal(ctx: Context, inner: Scope, formal: ast.Formal, task: Task, layers: int) -> None:
