@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from gkd_dsl.runtime import metrics
 from gkd_dsl.runtime.models.tapper import Tapper
-from gkd_dsl.runtime.program import Env, Program, batch_keys
+from gkd_dsl.runtime.program import Env, Program, batch_keys, plain
 from gkd_dsl.runtime.step import Batch
 from gkd_dsl.runtime.teachers import run_taps
 from torch import Tensor, nn
@@ -108,7 +108,4 @@ def _gives(forwards: Iterable[ForwardPlan]) -> dict[str, list[str]]:
 
 
 def _attrs(item: MetricPlan, clock: Clock) -> dict[str, Any]:
-    return {
-        name: value.value(clock) if hasattr(value, "value") and callable(value.value) else value
-        for name, value in item.metric.attrs
-    }
+    return {name: plain(value, clock) for name, value in item.metric.attrs}

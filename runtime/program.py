@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from gkd_dsl.graph.nodes import AttrValue
 from gkd_dsl.graph.plan import Apply, Free, Instruction, Run
-from gkd_dsl.schedules import Clock
+from gkd_dsl.schedules import Clock, Schedule
 from gkd_dsl.types import Dim, LossType, TensorType, ValueType
 
 Env = dict[str, Tensor]
@@ -76,7 +76,7 @@ class Program:
                 inputs[slot] = self._projections[key]
             elif not self._left_out(step, slot):
                 inputs[slot] = env[key]
-        attrs = {name: _plain(value, clock) for name, value in step.attrs}
+        attrs = {name: plain(value, clock) for name, value in step.attrs}
         for name in ("dims", "causal"):
             if name in attrs and not self._takes(step.op, name):
                 del attrs[name]
@@ -132,10 +132,9 @@ def _accepted(function: Operator) -> frozenset[str] | None:
     return frozenset(parameters)
 
 
-def _plain(value: AttrValue, clock: Clock) -> Any:
-    if hasattr(value, "value") and callable(value.value):
-        return value.value(clock)
-    return value
+def plain(value: AttrValue, clock: Clock) -> Any:
+    """An attribute at this step: a schedule's number, anything else as it is."""
+    return value.value(clock) if isinstance(value, Schedule) else value
 
 
 class ShapeCheck:

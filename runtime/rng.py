@@ -20,7 +20,7 @@ def seed_all(seed: int) -> None:
 def get_state() -> dict[str, Any]:
     """The state of every generator, as what JSON can hold."""
     version, inner, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
+    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     return {
         "python": [version, list(inner), gauss],
         "numpy": [kind, np.asarray(keys).tolist(), int(position), int(has_gauss), float(cached)],

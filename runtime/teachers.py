@@ -24,7 +24,7 @@ class TeacherSource(Protocol):
 
 def run_taps(tapper: Tapper, forward: ForwardPlan, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """One forward by a tapper: its taps, by their keys; under no_grad unless the plan wants its gradient."""
-    context: AbstractContextManager[None] = nullcontext() if forward.grad else torch.no_grad()  # type: ignore[assignment]
+    context: AbstractContextManager[None] = nullcontext() if forward.grad else torch.no_grad()
     with context:
         values = tapper.run(inputs, tuple(dict.fromkeys(tap.path for tap in forward.taps)), forward.stop_after)
     return {tap.key: values[tap.path] for tap in forward.taps}
