@@ -179,6 +179,7 @@ def _drawn(
     count = values.pop("n", None)
     options = (len(student.indices), len(teacher.indices), None if count is None else int(cast(int, count)))
     pairs = aligners.possible_pairs(*options)
+    drawn = aligners.random_sorted(*options[:2], n=options[2], seed=seed)
     return Drawn(
         tuple(
             (
@@ -186,7 +187,8 @@ def _drawn(
                 schedules.InDrawnMap(i, j, *options, seed, every.span.amount),
             )
             for i, j in pairs
-        )
+        ),
+        len(drawn),
     )
 
 
@@ -271,7 +273,7 @@ def _reduce(ctx: Context, scope: Scope, name: str, expr: ast.Call) -> Value:
     if not isinstance(value, Items):
         return ctx.error(scope, "E0224", f"`{name}` takes a list, not {kind(value)}", written.span)
     items = value.items
-    share = schedules.Constant(1.0 / len(items)) if items else schedules.Constant(1.0)
+    share = schedules.Constant(1.0 / (value.count or len(items))) if items else schedules.Constant(1.0)
     weighs = name == "mean"
     if items and all(isinstance(item, Loss) for item in items):
         terms = tuple(term for item in items for term in cast(Loss, item).terms)

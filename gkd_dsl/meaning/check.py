@@ -92,8 +92,8 @@ def check_text(
         ctx.loading.append((path.resolve(), None))
     imports.collect(ctx, scope, file.items)
     imports.load_all(ctx, scope)
-    parameters.unknown_overrides(ctx, scope)
     runtime = _elaborate(ctx, scope, file)
+    parameters.unknown_overrides(ctx, scope)
     return Checked(
         file,
         ctx.diagnostics,

@@ -474,8 +474,7 @@ def elements(ctx: Context, scope: Scope, value: Value, expr: ast.Expr) -> list[t
     return None
 
 
-def _why_empty(ctx: Context, scope: Scope, expr: ast.Comprehension) -> str:
-    value = ctx.evaluate(scope, expr.iterable)
+def _why_empty(value: Value) -> str:
     return f"no number is from {value.lo} and below {value.hi}" if isinstance(value, Numbers) else "an empty list"
 
 
@@ -495,7 +494,8 @@ def unpacked(ctx: Context, scope: Scope, binders: tuple[ast.Ident, ...], element
 
 
 def _comprehension(ctx: Context, scope: Scope, expr: ast.Comprehension) -> Value:
-    over = elements(ctx, scope, ctx.evaluate(scope, expr.iterable), expr.iterable)
+    iterable = ctx.evaluate(scope, expr.iterable)
+    over = elements(ctx, scope, iterable, expr.iterable)
     if over is None:
         return UNKNOWN
     ctx.elements += len(over)
@@ -505,7 +505,7 @@ def _comprehension(ctx: Context, scope: Scope, expr: ast.Comprehension) -> Value
             what = f"more than {MOST} elements with all that came before"
         return ctx.error(scope, "E0218", f"this runs over {what}", expr.iterable.span)
     if not over:
-        return ctx.error(scope, "E0219", "this runs over nothing", expr.iterable.span, _why_empty(ctx, scope, expr))
+        return ctx.error(scope, "E0219", "this runs over nothing", expr.iterable.span, _why_empty(iterable))
     out: list[Value] = []
     for element, weight in over:
         bound = unpacked(ctx, scope, expr.binders, element)
@@ -523,4 +523,4 @@ def _comprehension(ctx: Context, scope: Scope, expr: ast.Comprehension) -> Value
                 )
             value = scale(value, weight)
         out.append(value)
-    return Items(tuple(out))
+    return Items(tuple(out), iterable.count if isinstance(iterable, Drawn) else None)

@@ -12,6 +12,7 @@ from gkd_dsl.meaning.values import (
     UNKNOWN,
     Items,
     Length,
+    Model,
     Num,
     Scheduled,
     Source,
@@ -107,7 +108,7 @@ def fit(
         "duration": isinstance(value, Length),
         "ratio": isinstance(value, Length) and value.span.unit == "percent",
         "source": isinstance(value, Source),
-        "model": True,
+        "model": isinstance(value, Model),
     }[wanted]
     if not fits:
         return _wrong_type(ctx, scope, name, value, wanted, within, span)
@@ -185,13 +186,15 @@ def _inside(ctx: Context, scope: Scope, name: str, value: Value, within: ast.Ran
 
 
 def unknown_overrides(ctx: Context, scope: Scope) -> None:
-    """Report every `--set name=...` that is no parameter of the file."""
-    declared = {d.name: d for d in scope.names.values() if isinstance(d.decl, ast.Param)}
+    """Report every `--set name=...` that is no parameter of the file or of a method that it uses."""
+    own = [d.name for d in scope.names.values() if isinstance(d.decl, ast.Param)]
+    declared = [*own, *(name for name in ctx.params if "." in name)]
     for name in ctx.overrides:
-        if name in declared:
+        head = scope.names.get(name.partition(".")[0])
+        if name in declared or ("." in name and head is not None and isinstance(head.value, Unknown)):
             continue
         label, near = suggest(name, declared)
-        notes = [f"its parameters: {', '.join(declared)}"] if declared else ["it declares none"]
+        notes = [f"its parameters: {', '.join(declared[:20])}"] if declared else ["it declares none"]
         ctx.error(
             scope, "E0407", f"this spec has no parameter `{name}`" + (f"; {label}" if near else ""), None, notes=notes
         )

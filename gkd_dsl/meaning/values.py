@@ -52,16 +52,21 @@ class Word:
 
 @dataclass(frozen=True)
 class Items:
-    """A list; the pairs of a layer map are lists of two numbers."""
+    """A list; the pairs of a layer map are lists of two numbers.
+
+    `count` is set where only so many of the items count at any time: losses over a map that is drawn anew.
+    """
 
     items: tuple[Value, ...]
+    count: int | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """A layer map drawn anew every so often: every pair that may come, and when each counts."""
+    """A layer map drawn anew every so often: every pair that may come, when each counts, how many do at once."""
 
     pairs: tuple[tuple[tuple[int, ...], schedules.Schedule], ...]
+    count: int
 
 
 @dataclass(frozen=True)
