@@ -140,8 +140,9 @@ class Checkpoints:
         return path if text and (path / _STATE).is_file() else None
 
     def drop_best(self) -> None:
-        """Forget the best of an earlier stage."""
-        (self.run / "best").unlink(missing_ok=True)
+        """Forget the best of an earlier stage. Raises RunError."""
+        with writing("the run folder", self.run):
+            (self.run / "best").unlink(missing_ok=True)
 
     def _point(self, name: str, target: Path) -> None:
         work = self.run / f".{name}.{os.getpid()}"

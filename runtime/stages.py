@@ -188,7 +188,9 @@ class Run:
                 rng.set_state(state.rng)
             else:
                 rng.seed_all(plan.stage.seed)
-            if not loop.run():
+            ended = loop.run()
+            last = all(stage.stage.order <= plan.stage.order for stage in self.plan.stages)
+            if not ended or (stop.asked and not last):
                 folder = self.folder.path if self.folder is not None else None
                 raise Stopped(plan.name, position.step, length.total_steps, folder)
         finally:

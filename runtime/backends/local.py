@@ -151,7 +151,7 @@ class LocalBackend:
         ).tolist()
         terms = dict(zip(sums, values, strict=True))
         if not (math.isfinite(loss) and math.isfinite(size)):
-            self._refuse(step, batches, clock, denominators, terms, optimizer)
+            self._refuse(step, batches, clock, denominators, terms, weights, optimizer)
         if optim.clip is not None:
             gradients = [p for p in parameters if p.grad is not None]
             torch.nn.utils.clip_grads_with_norm_(gradients, optim.clip, norm)
@@ -168,6 +168,7 @@ class LocalBackend:
         clock: Clock,
         denominators: Mapping[str, int],
         terms: Mapping[str, float],
+        weights: Mapping[str, float],
         optimizer: torch.optim.Optimizer,
     ) -> None:
         """Raise an error that names the term that is not finite, or whose gradient is not."""
@@ -177,11 +178,12 @@ class LocalBackend:
         if bad is not None:
             optimizer.zero_grad(set_to_none=True)
             raise RunError(NOT_FINITE, f"loss `{bad}` is {terms[bad]} {at}", hint)
-        parameter = (
-            next(name for name, p in self._named if p.grad is not None and not bool(torch.isfinite(p.grad).all()))
-            if any(p.grad is not None and not bool(torch.isfinite(p.grad).all()) for _, p in self._named)
-            else None
-        )
+        weight = next((name for name, value in weights.items() if not math.isfinite(value)), None)
+        if weight is not None:
+            optimizer.zero_grad(set_to_none=True)
+            message = f"the weight of loss `{weight}` is {weights[weight]} {at}"
+            raise RunError(NOT_FINITE, message, "its schedule divides by zero there")
+        parameter = next((name for name, p in self._named if not _finite(p.grad)), None)
         optimizer.zero_grad(set_to_none=True)
         term = None
         for batch in batches:
@@ -199,9 +201,13 @@ class LocalBackend:
             if not value.requires_grad:
                 continue
             found = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
-            if any(g is not None and not bool(torch.isfinite(g).all()) for g in found):
+            if not all(_finite(gradient) for gradient in found):
                 return name
         return None
+
+
+def _finite(gradient: Tensor | None) -> bool:
+    return gradient is None or bool(torch.isfinite(gradient).all())
 
 
 def _gradient_norm(parameters: Sequence[torch.nn.Parameter], like: Tensor) -> Tensor:

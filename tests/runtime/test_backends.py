@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from gkd_dsl.graph.nodes import OptimSpec
-from gkd_dsl.schedules import Clock, Constant, Span
+from gkd_dsl.schedules import Arithmetic, Clock, Constant, Ramp, Span
 
 CLOCK = Clock(3, 11, 11.0)
 
@@ -175,6 +175,13 @@ def test_a_loss_that_is_not_finite_stops_with_its_name_and_changes_nothing():
         backend.step([batch()], CLOCK, 1e-3)
     assert all(torch.equal(before[name], p) for name, p in step.trainable())
     assert all(p.grad is None for _, p in step.trainable())
+
+
+def test_a_weight_that_is_not_finite_is_named():
+    nowhere = Arithmetic("/", Constant(1.0), Ramp(0.0, 0.0, Span(5, "steps")))
+    backend, _, _ = started(weights={"hid": nowhere})
+    with pytest.raises(RunError, match="the weight of loss `hid` is nan in step 4"):
+        backend.step([batch()], CLOCK, 1e-3)
 
 
 def test_a_gradient_that_is_not_finite_names_its_loss():

@@ -167,6 +167,13 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(tmp_path, whole, num
     assert_same(folder, run(plan, RunFolder.open(folder.path), resume=True), whole)
 
 
+def test_a_signal_in_the_last_step_of_a_stage_stops_before_the_next(tmp_path, whole):
+    folder = RunFolder.create("border", root=tmp_path)
+    with pytest.raises(Stopped, match="stopped in stage `teach` after step 5 of 5"):
+        run(two_stages(), folder, [At(5, lambda: os.kill(os.getpid(), signal.SIGINT))])
+    assert_same(folder, run(two_stages(), RunFolder.open(folder.path), resume=True), whole)
+
+
 def test_a_second_signal_does_not_wait(tmp_path):
     def twice():
         os.kill(os.getpid(), signal.SIGINT)
