@@ -173,10 +173,22 @@ def _call_loss(ctx: Context, scope: Scope, function: LossFunction, expr: ast.Cal
         if wants_model and not isinstance(value, Model):
             return ctx.error(scope, "E0233", f"`{formal.name.text}` is a model, and this is {kind(value)}", given.span)
         bound[formal.name.text] = value
+    if decl in ctx.calling:
+        # There are no conditionals, so a loss that comes back to itself has no end.
+        if decl in ctx.circular:
+            return UNKNOWN
+        ctx.circular.append(decl)
+        return ctx.error(
+            scope, "E0242", f"`{decl.name.text}` is defined by itself", expr.span, "it comes back to its own name here"
+        )
     ctx.elements += 1
     if ctx.elements > MOST:
         return ctx.error(scope, "E0218", f"this spec asks for more than {MOST} losses", expr.span)
     inner = function.scope.child(**bound)
-    return declare.nested(
-        ctx, scope, decl.name.text, expr.span, lambda: declare.loss_value(ctx, inner, decl.value, name=None)
-    )
+    ctx.calling.append(decl)
+    try:
+        return declare.nested(
+            ctx, scope, decl.name.text, expr.span, lambda: declare.loss_value(ctx, inner, decl.value, name=None)
+        )
+    finally:
+        ctx.calling.pop()

@@ -29,7 +29,7 @@ class ResolvedParam:
     span: Span | None
 
 
-MOST = 100_000
+MOST = 20_000
 """Elements of comprehensions and calls of loss functions in one spec."""
 
 
@@ -62,6 +62,10 @@ class Context:
     """Checks that wait until every declaration has its value."""
     using: list[ast.MethodDecl] = field(default_factory=list)
     """The methods that are being used, outermost first."""
+    calling: list[ast.LossDecl] = field(default_factory=list)
+    """The loss functions that are being called, outermost first."""
+    circular: list[ast.LossDecl] = field(default_factory=list)
+    """Loss functions that were reported to call themselves."""
     shared: dict[tuple[str, str], Tensor] = field(default_factory=dict)
     """Operators that many losses need once: the valid tokens, and a tap without its gradient."""
     typed: dict[tuple[object, ...], Typed | Mismatch] = field(default_factory=dict)

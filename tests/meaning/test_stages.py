@@ -1,0 +1,140 @@
+"""Stages: what they train, on which data, with which losses, and what they are refused for."""
+
+from __future__ import annotations
+
+import pytest
+from meaning_help import HARD, REVIEWS, SHORT, SOFT, STUDENT, TEACHER, check, codes, good, inputs, spec, stage
+
+from gkd_dsl.graph.nodes import TrainTarget
+from gkd_dsl.schedules import Span
+
+S = TrainTarget("model", "s")
+
+
+def part(name: str) -> TrainTarget:
+    return TrainTarget("model", "s", name)
+
+
+@pytest.mark.parametrize(
+    ("lines", "targets"),
+    [
+        ("", {S, TrainTarget("project", "W")}),
+        ("train s", {S}),
+        ("train W, s.head", {TrainTarget("project", "W"), part("head")}),
+        ("freeze W", {S}),
+        ("freeze s.embed", {TrainTarget("project", "W"), *(part(f"layer.{i}") for i in range(4)), part("head")}),
+        ("freeze s.body", {TrainTarget("project", "W"), part("head")}),
+        ("train s.layer[1 ..< 3]", {part("layer.1"), part("layer.2")}),
+        ("train s.layer[-1]", {part("layer.3")}),
+    ],
+)
+def test_what_a_stage_trains(lines: str, targets: set[TrainTarget]) -> None:
+    text = "project W = linear(s.H -> t.H)\nloss hid = mse(s.final |> W <- t.final)\n" + SOFT
+    checked = good(spec(text + stage(f"{lines}\nminimize hid + soft".strip())))
+    assert set(checked.stages[0].trains) == targets
+
+
+def test_a_teacher_trains_where_it_is_said() -> None:
+    text = "loss fit = cross_entropy(t.logits, batch.labels)\n" + SOFT
+    checked = good(spec(text + stage("train t\nminimize fit", "teach") + stage("minimize soft", "distil")))
+    assert [found.trains for found in checked.stages] == [(TrainTarget("model", "t"),), (S,)]
+    assert codes(check(spec(text + stage("minimize fit", "teach") + stage("minimize soft")))) == ["E0340"]
+
+
+def test_several_stages_weigh_the_same_losses_otherwise() -> None:
+    text = HARD + SOFT + stage("minimize soft + 0.1 * hard", "first", "200 steps") + stage("minimize hard", "second")
+    first, second = good(spec(text)).stages
+    assert (first.duration, first.order, second.order) == (Span(200.0, "steps"), 0, 1)
+    assert [weight.amount for weight in first.weights] == [1.0, 0.1]
+    assert list(inputs(good(spec(text)), "stage/second").values()) == ["loss/hard"]
+
+
+def test_settings_of_a_stage() -> None:
+    lines = "source = reviews\nbatch_size = 8\naccumulate = 4\nmax_length = 64\nseed = 7\ncheckpoint_every = 50 steps\n"
+    lines += "optim = sgd(lr = 0.1, momentum = 0.9, warmup = 10%, decay = cosine, clip = false)\nminimize soft"
+    found = good(spec(SOFT + stage(lines))).stages[0]
+    assert (found.batch_size, found.accumulate, found.max_length, found.seed) == (8, 4, 64, 7)
+    assert found.checkpoint_every == Span(50.0, "steps")
+    optim = found.optim
+    assert (optim.name, optim.lr, optim.momentum, optim.decay, optim.clip) == ("sgd", 0.1, 0.9, "cosine", None)
+    assert (optim.warmup, optim.weight_decay) == (Span(10.0, "percent"), 0.0)
+
+
+def test_losses_declared_in_a_stage_are_its_own() -> None:
+    body = "loss soft = kl(s.logits <- t.logits, temperature = {})\nminimize soft"
+    text = stage(body.format(1.0), "first") + stage(body.format(4.0), "second")
+    checked = good(spec(text))
+    assert [list(inputs(checked, found.key).values()) for found in checked.stages] == [
+        ["loss/first/soft"],
+        ["loss/second/soft"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        (stage("minimize soft", duration="50%"), "E0401"),
+        (stage("minimize soft", duration="0 steps"), "E0403"),
+        (stage("minimize soft\noptim = adamw(lr = 10%)"), "E0401"),
+        (stage("minimize soft\noptim = adamw(lr = -1.0)"), "E0403"),
+        (stage("minimize soft\noptim = adamw(lr = 1e-4, momentum = 0.9)"), "E0234"),
+        (stage("minimize soft\noptim = 5"), "E0404"),
+        (stage("minimize soft\nbatch_size = 2.5"), "E0404"),
+        (stage("minimize soft\nbatch_size = 32 steps"), "E0401"),
+        (stage("minimize soft\ncheckpoint_every = 100"), "E0401"),
+        (stage("minimize soft\nsource = s"), "E0404"),
+        (stage("minimize soft * soft"), "E0331"),
+        (stage("minimize 1 / soft"), "E0331"),
+        (stage("minimize soft / soft"), "E0331"),
+        (stage("minimize soft / 0"), "E0216"),
+        (stage("minimize soft - 1"), "E0332"),
+        (stage("minimize -soft * s.logits"), "E0333"),
+        (stage("minimize soft < 1"), "E0331"),
+        (stage("minimize not soft"), "E0213"),
+        (stage("freeze s\nminimize soft"), "E0340"),
+        (stage("minimize soft\nrun m"), "E0104"),
+        (stage("minimize soft", "a") + stage("minimize soft", "a"), "E0245"),
+        (stage("minimize ramp(0 -> 1, until = 0.1) * soft"), "E0401"),
+        (stage("minimize ramp(0 -> 1, until = 500) * soft"), "E0401"),
+    ],
+)
+def test_stages_that_are_refused(text: str, code: str) -> None:
+    checked = check(spec(SOFT + text))
+    assert codes(checked) == [code]
+    assert not checked.ok
+
+
+def test_labels_and_heads() -> None:
+    three = 'data reviews = csv("data/three.csv", text = "text", label = "label")\n'
+    fitting = 'student s = hf("models/student", num_labels = 3)\n'
+    good(spec(HARD + stage("minimize hard"), models=fitting, data=three))
+    assert codes(check(spec(HARD + stage("minimize hard"), models=STUDENT, data=three))) == ["E0323"]
+    # A head that the labels never meet may have as few classes as it likes.
+    good(spec(SOFT + stage("minimize soft"), data=three))
+
+
+def test_the_tokenizer_that_a_loss_never_meets_is_free() -> None:
+    models = 'teacher t = hf("models/other_tokenizer")\n' + STUDENT
+    assert codes(check(spec(SOFT + stage("minimize soft"), models=models))) == ["E0321"]
+    assert codes(check(spec(SOFT + HARD + stage("minimize hard"), models=models))) == ["W0701"]
+
+
+def test_a_chain_of_models_checks_each_stage() -> None:
+    models = TEACHER + "model mid = truncated(t, layers = [0, 2, 4, 6, 8, 10])\n" + SHORT
+    text = "loss a = mse(mid.final <- t.final)\nloss b = mse(s.final <- mid.final)\n"
+    first, second = good(spec(text + stage("minimize a", "one") + stage("minimize b", "two"), models=models)).stages
+    assert (first.trains, second.trains) == ((TrainTarget("model", "mid"),), (S,))
+
+
+def test_the_runtime_block_never_changes_the_graph() -> None:
+    text = SOFT + stage("minimize soft")
+    plain, how = good(spec(text)), good(spec(text + "runtime {\n  precision = bf16\n  checkpoint = true\n}\n"))
+    assert set(plain.graph) == set(how.graph)
+    assert dict(how.runtime) == {"precision": "bf16", "checkpoint": True}
+
+
+def test_two_sources_need_a_choice() -> None:
+    data = REVIEWS + 'data more = csv("data/three.csv", text = "text")\n'
+    assert codes(check(spec(SOFT + stage("minimize soft"), data=data))) == ["E0412"]
+    checked = good(spec(SOFT + stage("source = more\nminimize soft", "a") + stage("source = reviews\nminimize soft", "b"), data=data))  # fmt: skip
+    assert [found.source.name for found in checked.stages if found.source] == ["more", "reviews"]
