@@ -115,8 +115,10 @@ def _schedule(ctx: Context, scope: Scope, name: str, expr: ast.Call) -> Value:
     length, written = named[keyword[0]]
     if not isinstance(length, Length):
         return _needs_duration(ctx, scope, f"`{keyword[0]}`", length, written)
-    kinds = {"ramp": schedules.Ramp, "cosine": schedules.Cosine, "step_at": schedules.StepAt}
-    return Scheduled(kinds[name](numbers[0], numbers[1], length.span))  # type: ignore[operator]
+    kinds: dict[str, type[schedules.Ramp | schedules.Cosine | schedules.StepAt]] = {
+        "ramp": schedules.Ramp, "cosine": schedules.Cosine, "step_at": schedules.StepAt,
+    }  # fmt: skip
+    return Scheduled(kinds[name](numbers[0], numbers[1], length.span))
 
 
 def _needs_duration(ctx: Context, scope: Scope, what: str, value: Value, written: ast.Expr) -> Value:

@@ -161,9 +161,8 @@ def _call_loss(ctx: Context, scope: Scope, function: LossFunction, expr: ast.Cal
         else:
             written.append(arg.value)
     if len(written) != len(decl.formals):
-        return ctx.error(
-            scope, "E0232", f"`{decl.name.text}` takes {plural(len(decl.formals), 'argument', 'arguments')}, not {len(written)}", expr.span,
-        )  # fmt: skip
+        wanted = plural(len(decl.formals), "argument", "arguments")
+        return ctx.error(scope, "E0232", f"`{decl.name.text}` takes {wanted}, not {len(written)}", expr.span)
     bound: dict[str, Value] = {}
     for formal, given in zip(decl.formals, written, strict=True):
         value = ctx.evaluate(scope, given)

@@ -46,6 +46,7 @@ class Checked:
 
     @property
     def ok(self) -> bool:
+        """Whether no error was found."""
         return self.diagnostics.ok
 
 
@@ -133,9 +134,9 @@ def _elaborate(ctx: Context, scope: Scope, file: ast.File) -> tuple[tuple[str, A
     while ctx.deferred:
         ctx.deferred.pop(0)()
     runtime: tuple[tuple[str, AttrValue], ...] = ()
-    for item in file.items:
-        if isinstance(item, ast.Runtime):
-            runtime += settings.runtime(ctx, scope, item)
+    for block in file.items:
+        if isinstance(block, ast.Runtime):
+            runtime += settings.runtime(ctx, scope, block)
     if steps and ctx.diagnostics.ok:
         unused.warn(ctx, scope)
     return runtime

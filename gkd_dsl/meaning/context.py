@@ -94,6 +94,7 @@ class Context:
         return columns
 
     def location(self, scope: Scope, span: Span) -> Location:
+        """A place with the `use` statements that lead to it."""
         return Location(span, scope.uses)
 
     def error(
@@ -143,6 +144,7 @@ class Context:
         return UNKNOWN
 
     def warning(self, scope: Scope, code: str, message: str, span: Span, text: str = "", **rest: object) -> None:
+        """As `error`, for what may be meant."""
         self.error(scope, code, message, span, text, severity="warning", **rest)  # type: ignore[arg-type]
 
     def not_yet(self, scope: Scope, what: str, span: Span) -> Value:

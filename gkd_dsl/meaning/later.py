@@ -156,7 +156,7 @@ def _exchange(ctx: Context, scope: Scope, base: Model, change: ast.Replace | ast
 
 def counter(ctx: Context, scope: Scope, decl: ast.Counter) -> Value:
     """`counter k from 1 to s.N advance when ...`: a number that steps up when its condition holds."""
-    start = UNKNOWN
+    start: Value = UNKNOWN
     for place, expr in enumerate((decl.start, decl.stop)):
         value = ctx.evaluate(scope, expr)
         if not isinstance(value, Unknown) and not (isinstance(value, Num) and isinstance(value.value, int)):

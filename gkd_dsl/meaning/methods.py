@@ -117,7 +117,8 @@ def _bind(ctx: Context, scope: Scope, inner: Scope, method: ast.MethodDecl, decl
             legal = [formal.name.text for formal in method.formals]
             label, near = suggest(arg.name.text, legal)
             ctx.error(
-                scope, "E0234", f"`{name}` has no parameter `{arg.name.text}`", arg.name.span, label or "not a parameter",
+                scope, "E0234", f"`{name}` has no parameter `{arg.name.text}`", arg.name.span,
+                label or "not a parameter",
                 notes=[f"its parameters: {', '.join(legal)}"], fix=replace(arg.name.span, near) if near else None,
             )  # fmt: skip
             good = False
@@ -227,7 +228,7 @@ def _checked_role(ctx: Context, scope: Scope, formal: ast.Formal, value: Value, 
         wrong = {("teacher", "student"), ("student", "teacher")}
         if (formal.role, model.role) in wrong:
             return ctx.error(
-                scope, "E0244", f"the method wants a {formal.role} here, and `{model.name}` is a {model.role}", expr.span,
-                "write `use ...(teacher -> student)`",
+                scope, "E0244", f"the method wants a {formal.role} here, and `{model.name}` is a {model.role}",
+                expr.span, "write `use ...(teacher -> student)`",
             )  # fmt: skip
     return value

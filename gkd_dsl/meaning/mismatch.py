@@ -48,7 +48,8 @@ def report(
                 fix = replace(argument, f'"{first}"' if isinstance(first, str) else str(first))
             return ctx.error(scope, "E0403", found.message, argument, "", notes=notes, fix=fix)
         case "wrong_type":
-            if found.message.endswith("is a tensor, not a plain value") and found.arg in written:
+            plain = found.message.endswith("is a tensor, not a plain value")
+            if plain and found.arg is not None and found.arg in written:
                 text = written[found.arg].span.text
                 return ctx.error(
                     scope, "E0303", f"`{found.arg}` of `{spec.name}` is a tensor, and `{text}` is none", argument,
@@ -94,7 +95,7 @@ def _name_span(expr: ast.Expr, name: str | None) -> Span | None:
 
 def _shape(found: Mismatch, tensors: Mapping[str, Tensor]) -> str:
     slot = found.slots[-1] if found.slots else None
-    return tensors[slot].type.long if slot in tensors else ""
+    return tensors[slot].type.long if slot is not None and slot in tensors else ""
 
 
 def _axis(

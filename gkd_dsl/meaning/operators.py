@@ -7,7 +7,7 @@ from typing import cast
 
 from gkd_dsl import schedules
 from gkd_dsl.diagnostics import Note
-from gkd_dsl.graph.nodes import AttrValue, MetricNode, OpNode
+from gkd_dsl.graph.nodes import AttrValue, BatchNode, LossNode, MetricNode, OpNode
 from gkd_dsl.meaning import mismatch, paths
 from gkd_dsl.meaning.context import Context, replace, suggest
 from gkd_dsl.meaning.scope import Scope
@@ -72,10 +72,10 @@ def call(ctx: Context, scope: Scope, spec: registry.OpSpec, expr: ast.Call) -> V
             continue
         if arg.name is None:
             if isinstance(value, Items) and any(isinstance(item, Tensor | TapPart) for item in value.items):
-                tensors = [paths.as_tensor(ctx, scope, item, arg.value) for item in value.items]
-                bad = bad or any(isinstance(item, Unknown) for item in tensors)
-                positional += tensors
-                places += [arg.value] * len(tensors)
+                several = [paths.as_tensor(ctx, scope, item, arg.value) for item in value.items]
+                bad = bad or any(isinstance(item, Unknown) for item in several)
+                positional += several
+                places += [arg.value] * len(several)
             else:
                 positional.append(value)
                 places.append(arg.value)
@@ -342,9 +342,18 @@ def _valid(
     )
     for atom in losses.values():
         # A loss as an argument (`per_sample`, `mean_loss`) brings its own positions.
+        if mask is not None:
+            return cast(
+                Unknown,
+                ctx.error(
+                    scope, "E0234", f"`{spec.name}` of a loss has no argument `mask`", _mask_span(expr),
+                    "give the mask to the loss inside",
+                ),
+            )  # fmt: skip
         own = ctx.builder.inputs(atom.key).get("valid")
         if own is not None:
             node = ctx.builder.node(own)
+            assert isinstance(node, OpNode | BatchNode)
             return Tensor(own, cast(TensorType, node.type), from_batch=True)
         return None
     over_tokens = "L" in names
@@ -444,9 +453,12 @@ def _one_atom(ctx: Context, scope: Scope, loss: Loss, expr: ast.Expr) -> Atom | 
             return term.loss
         inputs = ctx.builder.inputs(term.loss.key)
         node = ctx.builder.node(term.loss.key)
+        assert isinstance(node, LossNode)
         if len(inputs) == 1 and node.coefficients == (schedules.Constant(1.0),):
             key = next(iter(inputs.values()))
-            return Atom(key, ctx.builder.node(key).type, term.loss.carries)
+            inside = ctx.builder.node(key)
+            assert isinstance(inside, OpNode)
+            return Atom(key, cast(LossType, inside.type), term.loss.carries)
     ctx.error(
         scope, "E0307", "this takes one loss operator, and this is a sum of weighted ones", expr.span,
         notes=["write the sum outside: `per_sample(a) + per_sample(b)`"],

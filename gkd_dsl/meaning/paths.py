@@ -108,9 +108,9 @@ def indexed(ctx: Context, scope: Scope, base: TapPart, expr: ast.Index) -> Value
     spans = (*base.spans[:-1], base.spans[-1].to(expr.args[0].span))
     part = TapPart(base.model, (*base.parts[:-1], (name, (value.value,))), spans)
     if name == "layer" and len(part.parts) == 1:
-        count = base.model.info.size("N")
-        if count is not None and not -count <= value.value < count:
-            return _bad_layer(ctx, scope, base.model, value.value, count, expr.args[0].span)
+        blocks = base.model.info.size("N")
+        if blocks is not None and not -blocks <= value.value < blocks:
+            return _bad_layer(ctx, scope, base.model, value.value, blocks, expr.args[0].span)
     return part
 
 

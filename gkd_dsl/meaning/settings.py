@@ -124,12 +124,13 @@ def _value(ctx: Context, scope: Scope, rule: SettingRule, name: str, expr: ast.E
         return ctx.error(
             scope, code, f"`{name}` is {_WANTS[rule.kind]}, and this is {kind(value)}", expr.span, rule.doc, fix=fix
         )
-    if isinstance(value, Num) and rule.low is not None and rule.high is not None:
-        if not rule.low <= value.value <= rule.high:
-            return ctx.error(
-                scope, "E0403", f"`{name}` is {value.value}, outside {_number(rule.low)} to {_number(rule.high)}", expr.span,
-                rule.doc, fix=replace(expr.span, _number(min(max(value.value, rule.low), rule.high))),
-            )  # fmt: skip
+    low, high = rule.low, rule.high
+    if isinstance(value, Num) and low is not None and high is not None and not low <= value.value <= high:
+        bounds = f"{_number(low)} to {_number(high)}"
+        return ctx.error(
+            scope, "E0403", f"`{name}` is {value.value}, outside {bounds}", expr.span, rule.doc,
+            fix=replace(expr.span, _number(min(max(value.value, low), high))),
+        )  # fmt: skip
     return value
 
 

@@ -128,9 +128,10 @@ def batch(ctx: Context, scope: Scope, decl: ast.Stage, node: StageNode, source: 
     task = next((m.info.task for m in models if m.info.task != "encoder"), head.info.task)
     columns = columns_of(shape, args, task)
     for key in sorted(below):
-        if not key.startswith("batch/"):
+        read = ctx.builder.node(key)
+        if not isinstance(read, BatchNode):
             continue
-        column = key.removeprefix("batch/")
+        column = read.column
         if column not in columns:
             place = source.location.span if source.location is not None else None
             labels = [Label(place, "this source", primary=False)] if place is not None and not scope.uses else []
@@ -139,10 +140,10 @@ def batch(ctx: Context, scope: Scope, decl: ast.Stage, node: StageNode, source: 
                 decl.name.span, "needs it", labels=labels,
                 notes=['say which column holds the labels: `label = "..."`'] if column == "labels" else [],
             )  # fmt: skip
-        elif columns[column].dims != ctx.builder.node(key).type.dims:
+        elif columns[column].dims != read.type.dims:
             ctx.error(
                 scope, "E0506", f"`batch.{column}` of `{source.name}` is {columns[column]}, and stage `{node.name}` "
-                f"reads {ctx.builder.node(key).type}", decl.name.span,
+                f"reads {read.type}", decl.name.span,
             )  # fmt: skip
     if "batch/labels" in below and columns.get("labels") is not None and len(columns["labels"].dims) == 1:
         _labels(ctx, scope, decl, node, source, models, below)

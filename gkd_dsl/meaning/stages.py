@@ -76,8 +76,8 @@ def _one(ctx: Context, outer: Scope, decl: ast.Stage, name: str) -> None:
     if any(stage.name == name for stage in ctx.stages):
         ctx.error(outer, "E0245", f"there is a stage `{name}` already", decl.name.span, "again here")
         return
-    scope = Scope(outer.source, f"{outer.prefix}{name}/" if "." not in name else f"{outer.prefix}{name.split('.', 1)[1]}/",
-                  outer.uses, outer, outer.root)  # fmt: skip
+    own = name.split(".", 1)[1] if "." in name else name
+    scope = Scope(outer.source, f"{outer.prefix}{own}/", outer.uses, outer, outer.root)
     for stmt in decl.body:
         if isinstance(stmt, ast.Run):
             ctx.error(scope, "E0104", "`run` belongs at the top level", stmt.span, "not in a stage")

@@ -35,11 +35,15 @@ class Num:
 
 @dataclass(frozen=True)
 class Truth:
+    """`true` or `false`."""
+
     value: bool
 
 
 @dataclass(frozen=True)
 class Text:
+    """A text in quotes."""
+
     value: str
 
 
@@ -78,6 +82,8 @@ class Length:
 
 @dataclass(frozen=True)
 class Scheduled:
+    """A number that changes over a stage."""
+
     schedule: schedules.Schedule
 
 
@@ -165,6 +171,7 @@ class Loss:
 
     @property
     def carries(self) -> frozenset[str]:
+        """The models and projections that its gradient reaches."""
         return frozenset().union(*(term.loss.carries for term in self.terms))
 
 
@@ -203,27 +210,37 @@ class Batch:
 
 @dataclass(frozen=True)
 class Source:
+    """A declared data source."""
+
     spec: SourceSpec
 
 
 @dataclass(frozen=True)
 class Optimiser:
+    """`adamw(...)` or `sgd(...)`."""
+
     spec: OptimSpec
 
 
 @dataclass(frozen=True)
 class Trained:
+    """Something to train."""
+
     target: TrainTarget
 
 
 @dataclass(frozen=True)
 class Metric:
+    """A measure over held-out rows."""
+
     key: str
     name: str
 
 
 @dataclass(frozen=True)
 class Method:
+    """A method with the scope of the file that declares it."""
+
     decl: ast.MethodDecl
     scope: Scope = field(compare=False)
 

@@ -81,9 +81,10 @@ SOFT = "loss soft = kl(s.logits <- t.logits)\n"
         ("loss soft = sum(kl(s.logits <- t.logits) for i in 0 ..< 1000000000000)\n", "E0218"),
         ("loss soft = sum(sum(kl(s.logits <- t.logits) for j in 0 ..< 4000) for i in 0 ..< 4000)\n", "E0218"),
         (
-            "let w = [1, 2, 3]\nlet x = sum(sum(sum(i for i in 0 ..< 4096) for j in 0 ..< 4096) for k in 0 ..< 4096)\nloss soft = x * kl(s.logits <- t.logits)\n",
+            "let x = sum(sum(sum(i for i in 0 ..< 4096) for j in 0 ..< 4096) for k in 0 ..< 4096)\n"
+            "loss soft = x * kl(s.logits <- t.logits)\n",
             "E0218",
-        ),  # fmt: skip
+        ),
         ("let w[k] = w[k + 1]\nloss soft = w[0] * kl(s.logits <- t.logits)\n", "E0242"),
         ("let w[k] = w[k]\nloss soft = w[0] * kl(s.logits <- t.logits)\n", "E0242"),
         ("loss f(m: model) = f(m)\nloss soft = f(s)\n", "E0242"),
