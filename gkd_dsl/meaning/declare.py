@@ -72,7 +72,9 @@ def _declare(ctx: Context, scope: Scope, definition: Definition) -> Value:
             )
         case ast.LossDecl():
             if decl.formals is not None:
-                return LossFunction(decl, scope)
+                types = [formal.type for formal in decl.formals if formal.type is not None]
+                known = [parameters.known_type(ctx, scope, type_) for type_ in types]
+                return LossFunction(decl, scope) if all(known) else UNKNOWN
             return _family(
                 ctx, scope, decl.name, decl.indices,
                 lambda inner, suffix: loss_value(ctx, inner, decl.value, name=f"{decl.name.text}{suffix}"),

@@ -44,7 +44,7 @@ TYPES = {
 def declare(ctx: Context, scope: Scope, decl: ast.Param) -> Value:
     """The value of a `param`: from the command line where it is set there, else its default."""
     name = decl.name.text
-    if not _known_type(ctx, scope, decl.type):
+    if not known_type(ctx, scope, decl.type):
         return UNKNOWN
     if scope.prefix == "" and name in ctx.overrides and not scope.uses:
         return _override(ctx, scope, decl, ctx.overrides[name])
@@ -80,7 +80,8 @@ def _override(ctx: Context, scope: Scope, decl: ast.Param, text: str) -> Value:
     return fitted
 
 
-def _known_type(ctx: Context, scope: Scope, type_: ast.TypeExpr) -> bool:
+def known_type(ctx: Context, scope: Scope, type_: ast.TypeExpr) -> bool:
+    """Whether there is such a type of parameter; reported where there is none."""
     if type_.name.text in TYPES:
         return True
     label, near = suggest(type_.name.text, TYPES)
@@ -96,6 +97,8 @@ def fit(
 ) -> Value:
     """A value as the type of a parameter takes it, inside its range."""
     if isinstance(value, Unknown):
+        return UNKNOWN
+    if not known_type(ctx, scope, type_):
         return UNKNOWN
     wanted = type_.name.text
     fits = {

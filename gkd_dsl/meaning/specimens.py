@@ -73,7 +73,9 @@ def _formal(ctx: Context, inner: Scope, formal: ast.Formal, task: Task, layers: 
         inner.names[name] = Definition(name, formal, formal.name.span, model, used=True)
         return
     value = None
-    if formal.default is not None and formal.type is not None:
+    if formal.type is not None and not parameters.known_type(ctx, inner, formal.type):
+        value = Unknown()
+    elif formal.default is not None and formal.type is not None:
         value = parameters.fit(
             ctx, inner, name, ctx.evaluate(inner, formal.default), formal.type, formal.within, formal.default.span
         )

@@ -184,3 +184,11 @@ def test_unused_losses_of_a_method_are_no_reason_to_warn() -> None:
         )
     )
     assert codes(check(spec(SOFT + HARD + stage("minimize soft")))) == ["W0701"]
+
+
+def test_a_formal_of_a_type_that_is_none() -> None:
+    text = SOFT_LABELS.replace("T: float", "T: flaot") + "use soft_labels(t -> s) as m\n" + stage("minimize m")
+    assert codes(check(spec(text))) == ["E0405"]
+    assert codes(check("gkd 1\n" + SOFT_LABELS.replace("T: float", "T: flaot"))) == ["E0405"]
+    function = "loss f(m: modle) = kl(m.logits <- t.logits)\n" + stage("minimize f(s)")
+    assert codes(check(spec(function))) == ["E0405"]
