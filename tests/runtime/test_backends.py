@@ -249,8 +249,8 @@ def test_the_optimizer_comes_back_bit_for_bit():
     assert all(torch.equal(weights_of(step)[name], value) for name, value in weights_of(other_step).items())
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_device_that_is_not_there_is_refused():
+def test_a_device_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert device_of("auto").type == "cpu"
     with pytest.raises(RunError, match="torch sees no GPU here"):
         device_of("cuda")
