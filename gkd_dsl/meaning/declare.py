@@ -21,6 +21,7 @@ from gkd_dsl.meaning.values import (
     Metric,
     NamedLoss,
     Num,
+    Tensor,
     Term,
     Text,
     Truth,
@@ -39,7 +40,7 @@ _DEPTH = 32
 def value_of(ctx: Context, home: Scope, definition: Definition, span: Span, asked_from: Scope) -> Value:
     """The value of a definition in the scope that holds it; `span` is where it is asked for."""
     if definition.value is not None:
-        return definition.value
+        return _on_this_side(ctx, home, definition)
     if definition.busy:
         return ctx.error(
             asked_from, "E0242", f"`{definition.name}` is defined by itself", span, "it comes back to its own name here"
@@ -50,7 +51,24 @@ def value_of(ctx: Context, home: Scope, definition: Definition, span: Span, aske
         definition.value = _declare(ctx, home, definition)
     finally:
         definition.busy, ctx.detaching = False, detaching
-    return definition.value
+    return _on_this_side(ctx, home, definition)
+
+
+def _on_this_side(ctx: Context, home: Scope, definition: Definition) -> Value:
+    """The value of a definition, which right of `<-` has its taps detached and its projections not."""
+    assert definition.value is not None
+    if not ctx.detaching or not _mixed(ctx, definition.value):
+        return definition.value
+    if definition.detached is None:
+        definition.detached = _declare(ctx, home, definition)
+    return definition.detached
+
+
+def _mixed(ctx: Context, value: Value) -> bool:
+    """Whether the gradient of a tensor reaches both a model and a projection."""
+    if not isinstance(value, Tensor) or value.carries <= set(ctx.models):
+        return False
+    return bool(value.carries & set(ctx.models))
 
 
 def _declare(ctx: Context, scope: Scope, definition: Definition) -> Value:
@@ -115,19 +133,30 @@ def _family(
     made: dict[tuple[int, ...], Value] = {}
     busy: set[tuple[int, ...]] = set()
 
+    detached: dict[tuple[int, ...], Value] = {}
+
+    def suffix(key: tuple[int, ...]) -> str:
+        return "".join(f".{k}" for k in key)
+
+    def bound(key: tuple[int, ...]) -> Scope:
+        return scope.child(**{i.text: Num(k) for i, k in zip(indices, key, strict=True)})
+
     def member(key: tuple[int, ...], span: Span) -> Value:
         if key in made:
-            return made[key]
+            if not ctx.detaching or not _mixed(ctx, made[key]):
+                return made[key]
+            if key not in detached:
+                detached[key] = make(bound(key), suffix(key))
+            return detached[key]
         written = f"{name.text}[{', '.join(str(k) for k in key)}]"
         if key in busy:
             return ctx.error(
                 scope, "E0242", f"`{written}` is defined by itself", span, "it comes back to its own name here"
             )
         busy.add(key)
-        inner = scope.child(**{i.text: Num(k) for i, k in zip(indices, key, strict=True)})
-        made[key] = nested(ctx, scope, written, span, lambda: make(inner, "".join(f".{k}" for k in key)))
+        made[key] = nested(ctx, scope, written, span, lambda: make(bound(key), suffix(key)))
         busy.discard(key)
-        return made[key]
+        return member(key, span)
 
     return Family(name.text, len(indices), member)
 

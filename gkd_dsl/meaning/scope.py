@@ -19,6 +19,8 @@ class Definition:
     decl: ast.Item | ast.Stmt | ast.Formal | None
     span: Span | None
     value: Value | None = None
+    detached: Value | None = None
+    """The value on the right of `<-`, where it differs: taps without their gradient under a projection that trains."""
     busy: bool = False
     used: bool = False
 

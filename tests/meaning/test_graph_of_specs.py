@@ -275,3 +275,16 @@ def test_student_of_the_teachers_width_needs_no_projection() -> None:
     good(spec("loss hid = mse(s.final <- t.final)\n" + stage("minimize hid"), models=TEACHER + SHORT))
     found = check(spec("loss hid = mse(s.final <- t.final)\n" + stage("minimize hid"), models=TEACHER + STUDENT))
     assert codes(found) == ["E0301"]
+
+
+@pytest.mark.parametrize(
+    ("let", "name"),
+    [("let z = l2norm(t.final |> Q)", "z"), ("let z[i] = l2norm(t.hidden[i] |> Q)", "z[12]")],
+)
+def test_a_named_value_on_the_teachers_side_trains_its_projection(let: str, name: str) -> None:
+    text = f"project Q = linear(t.H -> s.H)\n{let}\nloss hid = mse(s.final <- {name})\n"
+    checked = check(spec(text + stage("minimize hid")))
+    assert codes(checked) == ["W0704"]
+    teacher = "l2norm(x=project(block=project/Q, x=detach(x=t/hidden.12)))"
+    assert parts(checked, "hid") == [f"mse(student=s/hidden.4, teacher={teacher}, valid={VALID})"]
+    assert set(checked.stages[0].trains) == {TrainTarget("project", "Q"), TrainTarget("model", "s")}
