@@ -10,7 +10,7 @@ from gkd_dsl.graph.nodes import ModelNode
 from gkd_dsl.meaning import methods, parameters, stages
 from gkd_dsl.meaning.context import Context
 from gkd_dsl.meaning.scope import Definition, Scope
-from gkd_dsl.meaning.values import Instance, Model, Unknown
+from gkd_dsl.meaning.values import Instance, Model, Unknown, Value
 from gkd_dsl.models.info import Build, ModelInfo, Task
 from gkd_dsl.syntax import ast
 
@@ -72,7 +72,7 @@ def _formal(ctx: Context, inner: Scope, formal: ast.Formal, task: Task, layers: 
         ctx.models[name] = model
         inner.names[name] = Definition(name, formal, formal.name.span, model, used=True)
         return
-    value = None
+    value: Value | None = None
     if formal.type is not None and not parameters.known_type(ctx, inner, formal.type):
         value = Unknown()
     elif formal.default is not None and formal.type is not None:
