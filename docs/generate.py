@@ -130,7 +130,8 @@ def operators() -> str:
         "`...` stands for any axes before the last. An argument of type `schedule` takes a number or a "
         "[schedule](../language/schedules.md). Of several signatures the first that fits is taken.",
         "",
-        "An operator of your own is a Python function with such a signature: [operators in Python](../language/python.md).",
+        "An operator of your own is a Python function with such a signature: "
+        "[operators in Python](../language/python.md).",
         "",
     ]
     for kind, (title, text) in _KINDS.items():
@@ -167,8 +168,8 @@ def taps() -> str:
         "# Taps by family",
         "",
         "What `gkd taps SPEC MODEL` lists, for each family that has a table. Paths and shapes are explained in "
-        "[taps](../language/taps.md). Sizes come from the config field that is named; the module is where the hook is put, "
-        "relative to the base model, with `i` for the block.",
+        "[taps](../language/taps.md). Sizes come from the config field that is named; the module is where the hook is "
+        "put, relative to the base model, with `i` for the block.",
         "",
         f"Families: {', '.join(f'[{family.name}](#{family.name})' for family in FAMILIES.values())}. "
         'A model of any other type has `logits`, `weight("...")` and `module("...")`.',
@@ -182,7 +183,12 @@ def taps() -> str:
 
 def _family(family: Family, place: Path) -> list[str]:
     infos = {task: _described(family, task, place) for task in family.classes}
-    lines = [f"## {family.name} {{ #{family.name} }}", "", "| head | class | `logits` | `pooled` |", "| --- | --- | --- | --- |"]
+    lines = [
+        f"## {family.name} {{ #{family.name} }}",
+        "",
+        "| head | class | `logits` | `pooled` |",
+        "| --- | --- | --- | --- |",
+    ]
     for task, info in infos.items():
         rows = {row.path: row for row in list_taps(info, "m")}
         logits, pooled = rows["logits"], rows["pooled"]
@@ -199,7 +205,9 @@ def _family(family: Family, place: Path) -> list[str]:
     for row in list_taps(info, "m"):
         if row.path in ("logits", "pooled"):
             continue
-        path = row.path.replace(f"[0..{info.size('N')}]", "[0..N]").replace(f"[0..{(info.size('N') or 0) - 1}]", "[0..N-1]")
+        path = row.path.replace(f"[0..{info.size('N')}]", "[0..N]").replace(
+            f"[0..{(info.size('N') or 0) - 1}]", "[0..N-1]"
+        )
         where = row.hook if row.available else f"not here: {row.why}"
         where = where.replace(f".{(info.size('N') or 0) - 1} ", ".(N-1) ").replace(f"{info.architecture}", "the model")
         lines.append(f"| `{path}` | {_bare(row.type)} | {_cell(_heads(where, info))} |")
@@ -248,7 +256,16 @@ def sources() -> str:
     common = {arg.name for arg in COMMON}
     for kind in SOURCES.values():
         own = [arg for arg in kind.args if arg.name not in common]
-        lines += [f"## `{kind.name}`", "", kind.doc, "", *_arguments(own), "", "and [those of every source](#common).", ""]
+        lines += [
+            f"## `{kind.name}`",
+            "",
+            kind.doc,
+            "",
+            *_arguments(own),
+            "",
+            "and [those of every source](#common).",
+            "",
+        ]
     return "\n".join(lines)
 
 
@@ -268,33 +285,43 @@ def methods() -> str:
     lines = [
         "# Methods",
         "",
-        f"The {len(found)} methods that ship. Each is one `.gkd` file that `gkd methods NAME --source` prints, to read, "
-        'copy and change. `import "gkd:kd" use kd` brings one into a spec ([methods](../language/methods.md)).',
+        f"The {len(found)} methods that ship. Each is one `.gkd` file that `gkd methods NAME --source` prints, to "
+        'read, copy and change. `import "gkd:kd" use kd` brings one into a spec ([methods](../language/methods.md)).',
         "",
         "| method | | paper | compares |",
         "| --- | --- | --- | --- |",
     ]
     for info in found:
         paper = f"[{info.arxiv}](https://arxiv.org/abs/{info.arxiv}), {info.venue}"
-        lines.append(f"| [`{info.name}`](../methods/{info.name}.md) | {_cell(info.title)} | {_cell(paper)} | {_cell(info.taps)} |")
+        cells = (f"[`{info.name}`](../methods/{info.name}.md)", _cell(info.title), _cell(paper), _cell(info.taps))
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def method(info: library.MethodInfo) -> str:
     """One method: paper, equation, parameters, and its file."""
-    lines = [f"# {info.title}", "", f"{info.paper}. {info.venue}, [arXiv {info.arxiv}](https://arxiv.org/abs/{info.arxiv}).", ""]
+    lines = [
+        f"# {info.title}",
+        "",
+        f"{info.paper}. {info.venue}, [arXiv {info.arxiv}](https://arxiv.org/abs/{info.arxiv}).",
+        "",
+    ]
     lines += ["```text", info.equation, "```", "", info.remarks, ""]
     models = ", ".join(f"{role} `{name}`" for role, name in info.roles)
     lines += [f"- models: {models}", f"- losses: {', '.join(f'`{name}`' for name in info.losses)}, `total`"]
-    lines += [f"- stages: {', '.join(f'`{name.strip()}`' for name in info.stages.split(','))}", f"- compares: {info.taps}", ""]
+    lines += [
+        f"- stages: {', '.join(f'`{name.strip()}`' for name in info.stages.split(','))}",
+        f"- compares: {info.taps}",
+        "",
+    ]
     lines += ["| parameter | type | default | range | |", "| --- | --- | --- | --- | --- |"]
     for param in info.params:
         within = f"`{param.within}`" if param.within else ""
         lines.append(f"| `{param.name}` | {param.type} | `{param.default}` | {within} | {_cell(param.doc)} |")
     lines += ["", "## To use it", "", "```gkd", info.example.rstrip(), "```", ""]
     lines += [
-        "`run m` runs the stages of the paper. To weight the losses in a stage of your own, leave `run m` out and minimise "
-        f"`m` (its total) or one of its losses, such as `m.{info.losses[0]}`.",
+        "`run m` runs the stages of the paper. To weight the losses in a stage of your own, leave `run m` out and "
+        f"minimise `m` (its total) or one of its losses, such as `m.{info.losses[0]}`.",
         "",
         "## The file",
         "",

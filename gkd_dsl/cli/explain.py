@@ -55,8 +55,8 @@ def _code(code: str) -> None:
 
     try:
         typer.echo(page(code))
-    except KeyError as error:
-        fail(str(error.args[0]))
+    except LookupError as error:
+        fail(str(error))
 
 
 def _operator(name: str) -> None:

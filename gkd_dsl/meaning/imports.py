@@ -200,8 +200,9 @@ def python_module(ctx: Context, scope: Scope, decl: ast.ImportPython) -> Value:
                 extensions[each.name] = SourceKind(f"{path}:{shape.name}", shape.args, shape.result, shape.doc)
             else:
                 result = parse_signature(each.signature, shown).result.name.text
+                loss = result == "Loss"
                 spec = OpSpec(
-                    f"{path}:{each.name}", "loss" if result == "Loss" else "tensor", (each.signature,), each.doc
+                    f"{path}:{each.name}", "loss" if loss else "tensor", (each.signature,), each.doc, masked=loss
                 )
                 registry.register(spec, replace=True)
                 extensions[each.name] = spec

@@ -38,7 +38,9 @@ def blocks(*languages: str) -> list[Block]:
     for path in files():
         name = path.relative_to(ROOT).as_posix()
         if name not in GENERATED:
-            found += [block for block in blocks_of(path.read_text(encoding="utf-8"), name) if block.language in languages]
+            found += [
+                block for block in blocks_of(path.read_text(encoding="utf-8"), name) if block.language in languages
+            ]
     return found
 
 

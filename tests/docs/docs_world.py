@@ -10,12 +10,22 @@ _QWEN = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "vocab_si
 
 
 def _bert(layers: int, width: int, heads: int, inner: int, cls: str) -> dict[str, object]:
-    sizes = {"num_hidden_layers": layers, "hidden_size": width, "num_attention_heads": heads, "intermediate_size": inner}
+    sizes = {
+        "num_hidden_layers": layers,
+        "hidden_size": width,
+        "num_attention_heads": heads,
+        "intermediate_size": inner,
+    }
     return {**_BERT, **sizes, "architectures": [cls]}
 
 
 def _qwen(layers: int, width: int, heads: int, inner: int) -> dict[str, object]:
-    sizes = {"num_hidden_layers": layers, "hidden_size": width, "num_attention_heads": heads, "intermediate_size": inner}
+    sizes = {
+        "num_hidden_layers": layers,
+        "hidden_size": width,
+        "num_attention_heads": heads,
+        "intermediate_size": inner,
+    }
     return {**_QWEN, **sizes}
 
 

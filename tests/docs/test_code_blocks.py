@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 from docs_blocks import ROOT, Block, blocks, blocks_of
+from typer.testing import CliRunner
+
 from gkd_dsl.cli.main import COMMANDS, application
 from gkd_dsl.meaning.check import check_text
 from gkd_dsl.source import Source
 from gkd_dsl.syntax import parse
-from typer.testing import CliRunner
 
 SPECS = blocks("gkd")
 WHOLE = [block for block in SPECS if block.text.startswith("gkd 1\n")]

@@ -7,6 +7,7 @@ from types import ModuleType
 
 import pytest
 from docs_blocks import ROOT
+
 from gkd_dsl import library
 from gkd_dsl.diagnostics import catalogue
 from gkd_dsl.models.families import FAMILIES
