@@ -58,7 +58,7 @@ def plan_of(checked: Checked) -> SpecPlan:
             notes=diagnostic.notes,
         )
     for name, span in checked.unset.items():
-        problems.error("E0419", f"the parameter `{name}` has no value", span, f"run with `--set {name}=...`")
+        problems.error("E0420", f"the parameter `{name}` has no value", span, f"run with `--set {name}=...`")
     if not problems.ok:
         raise SpecError(problems)
     return compile_plan(checked.graph, runtime=checked.runtime)

@@ -27,13 +27,13 @@ def lookup(name: str) -> OpSpec | None:
 
 
 def names(kind: Kind | None = None) -> tuple[str, ...]:
-    """The names of all operators, or of one kind, sorted."""
-    return tuple(sorted(spec.name for spec in _table().values() if kind is None or spec.kind == kind))
+    """The names of all operators, or of one kind, sorted; those of Python files (`ops.py:gram2`) are left out."""
+    return tuple(sorted(spec.name for spec in specs(kind)))
 
 
 def specs(kind: Kind | None = None) -> tuple[OpSpec, ...]:
-    """All operators, or those of one kind, in the order of the tables."""
-    return tuple(spec for spec in _table().values() if kind is None or spec.kind == kind)
+    """All operators, or those of one kind, in the order of the tables; those of Python files are left out."""
+    return tuple(spec for spec in _table().values() if ":" not in spec.name and kind in (None, spec.kind))
 
 
 def register(spec: OpSpec, *, replace: bool = False) -> None:

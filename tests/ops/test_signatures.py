@@ -105,3 +105,13 @@ def test_the_tables_and_the_typing_need_no_torch():
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+def test_operators_of_python_files_are_found_and_not_listed():
+    registry.register(OpSpec("ops.py:far", "tensor", ("far(x: Float[B]) -> Float[B]",), "."))
+    try:
+        assert registry.lookup("ops.py:far") is not None
+        assert "ops.py:far" not in registry.names()
+        assert "ops.py:far" not in {spec.name for spec in registry.specs()}
+    finally:
+        registry.unregister("ops.py:far")

