@@ -41,3 +41,30 @@ def test_counts_in_the_readme() -> None:
     said = f"{len(library.names())} methods, {len(registry.names('loss'))} losses"
     for page in ("README.md", "docs/compare-peers.md"):
         assert said in (ROOT / page).read_text(encoding="utf-8")
+
+
+def test_pairs_in_the_table_of_layer_maps() -> None:
+    from gkd_dsl import aligners
+
+    text = (ROOT / "docs/language/layer-maps.md").read_text(encoding="utf-8")
+    for name in ("uniform", "skip", "last", "first", "stride"):
+        row = next(line for line in text.splitlines() if line.startswith(f"| `{name}("))
+        shown = ", ".join(str(teacher) for _, teacher in getattr(aligners, name)(4, 12))
+        assert row.endswith(f"| {shown} |"), row
+
+
+def test_defaults_of_a_stage_and_of_the_optimisers() -> None:
+    from dataclasses import fields
+
+    from gkd_dsl.graph.nodes import OptimSpec, StageNode
+
+    text = (ROOT / "docs/language/stages.md").read_text(encoding="utf-8")
+    defaults = {field.name: field.default for field in fields(StageNode)}
+    for name in ("batch_size", "accumulate", "seed"):
+        assert f"| `{name} = {defaults[name]}` | {defaults[name]} |" in text
+    spec = OptimSpec()
+    assert f"| `lr` | {spec.lr:.0e} |".replace("e-05", "e-5") in text
+    assert f"| `warmup` | `{spec.warmup}` |" in text
+    assert f"| `decay` | `{spec.decay}` |" in text
+    assert f"| `weight_decay` | {spec.weight_decay:g} (`sgd`: 0)" in text
+    assert f"| `clip` | {spec.clip} |" in text
