@@ -108,10 +108,10 @@ def test_the_tables_and_the_typing_need_no_torch():
 
 
 def test_operators_of_python_files_are_found_and_not_listed():
-    registry.register(OpSpec("ops.py:far", "tensor", ("far(x: Float[B]) -> Float[B]",), "."))
+    registry.register(OpSpec("elsewhere.py:far", "tensor", ("far(x: Float[B]) -> Float[B]",), "."))
     try:
-        assert registry.lookup("ops.py:far") is not None
-        assert "ops.py:far" not in registry.names()
-        assert "ops.py:far" not in {spec.name for spec in registry.specs()}
+        assert registry.lookup("elsewhere.py:far") is not None
+        assert "elsewhere.py:far" not in registry.names()
+        assert "elsewhere.py:far" not in {spec.name for spec in registry.specs()}
     finally:
-        registry.unregister("ops.py:far")
+        registry.unregister("elsewhere.py:far")
