@@ -1,7 +1,8 @@
 """Write the reference pages from the tables of the code: `python docs/generate.py`.
 
-Every page is a function of the code alone: no date, no path of this machine. The pages are committed, and a test
-fails when they are stale.
+A block of text below a comment `<!-- output of: gkd ... -->`, in any page, is written anew from that command, run
+in the folder of the project. Every page is a function of the code alone: no date, no path of this machine. The pages
+are committed, and a test fails when they are stale.
 """
 
 from __future__ import annotations
@@ -9,10 +10,16 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import os
+import re
+import shlex
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -30,6 +37,8 @@ from gkd_dsl.ops.spec import OpSpec
 from gkd_dsl.sources import COMMON, SOURCES, SourceArg
 
 DOCS = Path(__file__).resolve().parent
+
+_SHOWN = re.compile(r"(<!-- output of: (gkd [^\n]*?) -->\n```\w+\n).*?(^```$)", re.M | re.S)
 
 _KINDS = {
     "loss": (
@@ -84,7 +93,33 @@ def pages() -> dict[str, str]:
     }
     for info in library.library():
         found[f"methods/{info.name}.md"] = method(info)
+    found.update(shown(found))
     return {path: text.rstrip("\n") + "\n" for path, text in found.items()}
+
+
+def shown(generated: Iterable[str]) -> dict[str, str]:
+    """The hand-written pages that show the output of a command, with that output as it is today."""
+    found = {}
+    for page in sorted(DOCS.rglob("*.md")):
+        path, text = page.relative_to(DOCS).as_posix(), page.read_text(encoding="utf-8")
+        if path not in generated and _SHOWN.search(text):
+            found[path] = _SHOWN.sub(lambda match: f"{match[1]}{_output(match[2])}{match[3]}", text)
+    return found
+
+
+@cache
+def _output(command: str) -> str:
+    """What a command prints, 100 columns wide, without spaces at the ends of lines."""
+    words = shlex.split(command)[1:]
+    code = "import sys; from gkd_dsl.cli.main import main; main(sys.argv[1:])"
+    plain = {"COLUMNS": "100", "NO_COLOR": "1", "HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "utf-8"}
+    result = subprocess.run(
+        [sys.executable, "-c", code, *words], cwd=DOCS.parent, env={**os.environ, **plain}, capture_output=True
+    )
+    if result.returncode:
+        raise RuntimeError(f"{command} ended with {result.returncode}: {result.stderr.decode()}")
+    lines = [line.rstrip() for line in result.stdout.decode().strip("\n").splitlines()]
+    return "\n".join(lines) + "\n"
 
 
 def diagnostics() -> str:
