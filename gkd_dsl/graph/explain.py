@@ -283,13 +283,13 @@ def _weights(plan: StagePlan, clocks: tuple[Clock, ...]) -> Iterable[WeightRow]:
         if isinstance(step, liveness.Apply):
             for name, value in step.attrs:
                 label = f"{name} of {step.op}"
-                if _is_schedule(value) and (label, value) not in seen:
+                if (
+                    isinstance(value, Schedule)
+                    and not isinstance(value, schedules.Constant)
+                    and (label, value) not in seen
+                ):
                     seen.add((label, value))
                     yield row(label, value)
-
-
-def _is_schedule(value: AttrValue) -> bool:
-    return isinstance(value, Schedule) and not isinstance(value, schedules.Constant)
 
 
 def _layer_map(graph: nx.MultiDiGraph, plan: StagePlan) -> Iterable[MapRow]:

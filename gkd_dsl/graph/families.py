@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
 import networkx as nx
 
@@ -75,7 +76,7 @@ def indices(numbers: Sequence[int]) -> str:
     found = sorted(set(numbers))
     if len(found) <= 2:
         return ", ".join(str(number) for number in found)
-    steps = {after - before for before, after in zip(found, found[1:], strict=False)}
+    steps = {after - before for before, after in pairwise(found)}
     if steps == {1}:
         return f"{found[0]}..{found[-1]}"
     if len(steps) == 1 and len(found) > 3:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import networkx as nx
 
 from gkd_dsl.graph.access import GraphError, inputs, nodes
@@ -55,7 +57,9 @@ def _is_loss(node: object) -> bool:
     return isinstance(node, OpNode) and isinstance(node.type, LossType)
 
 
-def _numbered(graph: nx.MultiDiGraph, key: str, count: int, slots: dict[str, str], fits) -> None:  # noqa: ANN001
+def _numbered(
+    graph: nx.MultiDiGraph, key: str, count: int, slots: dict[str, str], fits: Callable[[object], bool]
+) -> None:
     if list(slots) != [str(number) for number in range(count)]:
         raise GraphError(key, f"{count} weights for the inputs {slots}")
     for slot, producer in slots.items():
