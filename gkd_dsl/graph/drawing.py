@@ -23,6 +23,7 @@ from gkd_dsl.graph.nodes import (
     TapNode,
 )
 from gkd_dsl.graph.passes.liveness import from_batch
+from gkd_dsl.schedules import Constant, Schedule
 
 Shape = Literal["forward", "tap", "op", "project", "batch", "loss", "metric", "stage"]
 Tone = Literal["frozen", "trained", "plain"]
@@ -102,7 +103,7 @@ def drawing(graph: nx.MultiDiGraph, *, stage: str | None = None, most: int = 60)
         members = sorted(ranked[:most], key=lambda group: natural(group[0]))
     home = _homes(view)
     boxes = tuple(_box(view, group, home, trained) for group in members)
-    return Drawing(boxes, _arrows(view, members, detached), _groups(view, boxes, trained), note)
+    return Drawing(boxes, _arrows(view, members, detached), _groups(view, boxes, trained, stages), note)
 
 
 def _reduced(graph: nx.MultiDiGraph) -> tuple[nx.MultiDiGraph, set[tuple[str, str]]]:
@@ -273,29 +274,42 @@ def _arrows(
 def _label(view: nx.MultiDiGraph, target: str, slot: str) -> str:
     reader = view.nodes[target]["node"]
     if isinstance(reader, StageNode) and slot.isdigit():
-        weight = str(reader.weights[int(slot)])
-        return "" if weight == "1" else weight
+        return _factor(reader.weights[int(slot)])
     if isinstance(reader, LossNode):
-        weight = str(reader.coefficients[int(slot)])
-        return "" if weight == "1" else weight
+        return _factor(reader.coefficients[int(slot)])
     return ""
 
 
-def _groups(view: nx.MultiDiGraph, boxes: Sequence[Box], trained: set[tuple[str, str]]) -> tuple[Group, ...]:
+def _factor(weight: Schedule) -> str:
+    if not isinstance(weight, Constant):
+        return str(weight)
+    return "" if weight.amount == 1.0 else f"{weight.amount:.3g}"
+
+
+def _when(stages: Sequence[StageNode], model: str) -> str:
+    """Whether a model is trained, or in which stages it is."""
+    found = [stage.name for stage in stages if any(t.kind == "model" and t.name == model for t in stage.trains)]
+    if not found:
+        return "frozen"
+    return "trained" if len(found) == len(stages) else f"trained in {', '.join(found)}"
+
+
+def _groups(
+    view: nx.MultiDiGraph, boxes: Sequence[Box], trained: set[tuple[str, str]], stages: Sequence[StageNode]
+) -> tuple[Group, ...]:
     found: list[Group] = []
     for key in sorted({box.group for box in boxes if box.group}, key=natural):
         if key == "blocks":
-            found.append(Group(key, "projections (trained)", "blocks", "trained"))
+            found.append(Group(key, "projections", "blocks", "trained"))
         elif key == "batch":
             found.append(Group(key, "batch", "batch", "plain"))
         elif key.startswith("model/"):
             name = key.removeprefix("model/")
-            learns = ("model", name) in trained
-            found.append(
-                Group(key, f"{name} ({'trained' if learns else 'frozen'})", "model", "trained" if learns else "frozen")
-            )
+            tone = _learns(name, trained)
+            found.append(Group(key, f"{name} ({_when(stages, name)})", "model", tone))
         else:
             title = view.nodes[key]["node"].name if key in view else key.removeprefix("stage/")
             found.append(Group(key, f"stage {title}", "stage", "plain"))
     order = {"model": 0, "blocks": 1, "batch": 2, "stage": 3}
-    return tuple(sorted(found, key=lambda group: (order[group.kind], natural(group.key))))
+    place = {stage.key: stage.order for stage in stages}
+    return tuple(sorted(found, key=lambda group: (order[group.kind], place.get(group.key, 0), natural(group.key))))

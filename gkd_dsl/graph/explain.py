@@ -12,7 +12,7 @@ from gkd_dsl import schedules
 from gkd_dsl.graph import access
 from gkd_dsl.graph.explain_words import counted_words, forward_words, number, optim_words, source_words, through
 from gkd_dsl.graph.families import indices
-from gkd_dsl.graph.nodes import AttrValue, BatchNode, LossNode, ModelNode, OpNode, ProjectNode, StageNode, TapNode
+from gkd_dsl.graph.nodes import BatchNode, LossNode, ModelNode, OpNode, ProjectNode, StageNode, TapNode
 from gkd_dsl.graph.passes import compile_plan, liveness, run_passes
 from gkd_dsl.graph.passes.fuse import logit_groups
 from gkd_dsl.graph.passes.share import share
