@@ -8,7 +8,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from gkd_dsl.runtime.errors import SHAPES, RunError
+from gkd_dsl.runtime.errors import CANNOT_RUN, SHAPES, RunError, out_of_memory
 from gkd_dsl.runtime.ops.registry import Operator, functions
 from torch import Tensor, nn
 
@@ -83,6 +83,8 @@ class Program:
         function = self._functions[step.op]
         if step.op == "project":
             return function(**inputs, **attrs)
+        if ":" in step.op:
+            function = _in_words(step.op, function)
         # A loss in bf16 would lose what separates student and teacher; only forwards and projections are cast.
         device = next((value.device.type for value in inputs.values() if isinstance(value, Tensor)), "cpu")
         if not torch.is_autocast_enabled(device):
@@ -121,6 +123,25 @@ def _slice(
             continue
         kept.append(instruction)
     return tuple(reversed(kept))
+
+
+def _in_words(name: str, function: Operator) -> Operator:
+    """An operator of the user's, whose exceptions say which operator raised them and where; no memory stays so."""
+
+    def call(**arguments: Any) -> Tensor:
+        try:
+            return function(**arguments)
+        except Exception as error:
+            if out_of_memory(error):
+                raise
+            file, trace, line = function.__code__.co_filename, error.__traceback__, None
+            while trace is not None:
+                line = trace.tb_lineno if trace.tb_frame.f_code.co_filename == file else line
+                trace = trace.tb_next
+            message = f"the operator `{name}` raised {type(error).__name__}: {error}"
+            raise RunError(CANNOT_RUN, message, f"in line {line} of its file" if line else "") from error
+
+    return call
 
 
 @cache

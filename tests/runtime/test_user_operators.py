@@ -1,0 +1,82 @@
+"""An operator in a Python file that raises ends in words, at the line that raised."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from gkd_dsl.runtime.errors import RunError
+from gkd_dsl.runtime.models.load import load
+
+import gkd_dsl
+from gkd_dsl.models.describe import random_init
+
+OPS = """import gkd_dsl
+
+
+@gkd_dsl.op("{name}(student: Float[..., H] <- teacher: Float[..., H]) -> Loss[...]")
+def {name}(student, teacher, valid=None):
+    {body}
+    return (student - teacher).abs().mean(-1)
+"""
+SPEC = """gkd 1
+import python "ops_{name}.py" as ops
+teacher t = random_init("m")
+student s = random_init("m")
+data d = text("d.txt")
+loss a = ops.{name}(s.final <- t.final)
+stage main for 1 epoch {{ minimize a }}
+"""
+
+
+@pytest.fixture
+def distiller_of(tmp_path: Path):
+    sizes = {
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 8,
+        "vocab_size": 9,
+    }
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "config.json").write_text(json.dumps({"model_type": "bert", **sizes}))
+    (tmp_path / "d.txt").write_text("one text\n" * 50)
+
+    def make(name: str, body: str):
+        (tmp_path / f"ops_{name}.py").write_text(OPS.format(name=name, body=body))
+        models = {key: load(random_init(str(tmp_path / "m")), seed=seed) for seed, key in enumerate("ts")}
+        return gkd_dsl.loads(SPEC.format(name=name), root=tmp_path).compile(**models)
+
+    return make
+
+
+def batch(padding: int = 0) -> dict[str, torch.Tensor]:
+    ids = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
+    pad = (0, padding)
+    return {
+        "input_ids": torch.nn.functional.pad(ids, pad),
+        "attention_mask": torch.nn.functional.pad(torch.ones_like(ids), pad),
+    }
+
+
+def test_what_it_raises_is_named_with_its_line(distiller_of) -> None:
+    with pytest.raises(RunError) as caught:
+        distiller_of("boom", 'raise ValueError("no such luck")')(batch())
+    assert caught.value.code == "E0807"
+    assert caught.value.message == "the operator `ops_boom.py:boom` raised ValueError: no such luck"
+    assert caught.value.hint == "in line 6 of its file"
+
+
+def test_memory_that_runs_out_stays_what_it_is(distiller_of) -> None:
+    with pytest.raises(MemoryError):
+        distiller_of("hungry", "raise MemoryError()")(batch())
+
+
+def test_padding_does_not_count_whatever_it_gives_there(distiller_of) -> None:
+    distiller = distiller_of("fine", 'student = student.masked_fill(~valid[..., None], float("nan"))')
+    distiller.module.eval()
+    short, padded = distiller(batch()), distiller(batch(padding=3))
+    assert torch.isfinite(short)
+    torch.testing.assert_close(padded, short)
