@@ -126,7 +126,7 @@ def _heights(
     columns += [[key for key in lanes if ranks[key] == rank] for rank in range(2, last + 1)]
     columns.append([key for key in lanes if ranks[key] > last])
     order = {group.key: place for place, group in enumerate(drawing.groups)}
-    middle = {key: 0.0 for key in lanes}
+    middle = dict.fromkeys(lanes, 0.0)
     for sweep in range(_SWEEPS):
         for zone in columns if sweep % 2 == 0 else columns[::-1]:
             _zone(zone, ranks, lanes, home, around, order, middle, first=sweep == 0)

@@ -64,7 +64,7 @@ def program(
     kept = set(keep)
     last: dict[str, int] = {}
     for place, step in enumerate(steps):
-        made = list(taps[step.forward]) if isinstance(step, Run) else [step.key]
+        made = list(taps[step.forward]) if isinstance(step, Run) else [step.key] if isinstance(step, Apply) else []
         for key in made:
             last[key] = place
         if isinstance(step, Apply):
