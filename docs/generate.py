@@ -93,6 +93,7 @@ def pages() -> dict[str, str]:
     }
     for info in library.library():
         found[f"methods/{info.name}.md"] = method(info)
+    found["images/sentence_encoder.svg"] = _output("gkd graph examples/sentence_encoder.gkd --format svg")
     found.update(shown(found))
     return {path: text.rstrip("\n") + "\n" for path, text in found.items()}
 
