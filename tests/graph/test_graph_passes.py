@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import networkx as nx
 import pytest
 from graph_help import EXAMPLES, HIDDEN, MASK, Hand, Interpreter, checked, deep, graphs, keys, same, slots, twice
 from hypothesis import given
@@ -241,26 +242,26 @@ def test_passes_stop_where_asked_and_show_each_graph() -> None:
 
 
 @given(graphs())
-def test_share_twice_is_share_once(graph) -> None:  # noqa: ANN001
+def test_share_twice_is_share_once(graph: nx.MultiDiGraph) -> None:
     once = share(graph)
     assert same(share(once), once)
 
 
 @given(graphs())
-def test_drop_twice_is_drop_once(graph) -> None:  # noqa: ANN001
+def test_drop_twice_is_drop_once(graph: nx.MultiDiGraph) -> None:
     once = drop(graph)
     assert same(drop(once), once)
 
 
 @given(graphs())
-def test_the_rules_hold_after_every_pass_and_the_graph_given_is_left_alone(graph) -> None:  # noqa: ANN001
+def test_the_rules_hold_after_every_pass_and_the_graph_given_is_left_alone(graph: nx.MultiDiGraph) -> None:
     before = graph.copy()
     run_passes(graph, on_dump=lambda _, found: verify(found))
     assert same(graph, before)
 
 
 @given(graphs())
-def test_passes_change_no_number(graph) -> None:  # noqa: ANN001
+def test_passes_change_no_number(graph: nx.MultiDiGraph) -> None:
     for fast, slow in zip(compile_plan(graph).stages, compile_plan(graph, optimise=False).stages, strict=True):
         quick, plain = Interpreter(fast), Interpreter(slow)
         assert quick.objective(CLOCK) == pytest.approx(plain.objective(CLOCK), rel=1e-12)
