@@ -25,6 +25,7 @@ from gkd_dsl.schedules import Clock, Schedule
 if TYPE_CHECKING:
     from rich.console import Console
 
+_SIZES = ("H", "N", "A", "V", "C")
 _POINTS = (0.1, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -180,7 +181,7 @@ def _stage(
     tokens = min(length, limit) if limit else length
     original = access.node(graph, stage.key)
     assert isinstance(original, StageNode)
-    points = tuple(dict.fromkeys((0, min(1, steps - 1), *(min(steps - 1, round(steps * p)) for p in _POINTS))))
+    points = tuple(sorted({0, min(1, steps - 1), *(min(steps - 1, round(steps * p)) for p in _POINTS)}))
     losses = tuple(_losses(graph, original, plan, optimised))
     clocks = tuple(_clock(stage, step, steps, texts * tokens * stage.accumulate) for step in points)
     return StageExplanation(
@@ -437,7 +438,9 @@ def _models(graph: nx.MultiDiGraph, stages: tuple[StagePlan, ...]) -> tuple[Mode
             use = f"read to make {', '.join(made)}, never run"
         else:
             use = "not loaded: nothing reads it"
-        sizes = ", ".join(f"{name} {size}" for name, size in model.info.sizes)
+        known = dict(model.info.sizes)
+        shown = [name for name in known if name in _SIZES or (name == "KV" and known["KV"] != known.get("A"))]
+        sizes = ", ".join(f"{name} {known[name]}" for name in shown)
         rows.append(ModelRow(model.name, model.role, model.info.location, sizes, use, used))
     return tuple(rows)
 
