@@ -1,8 +1,9 @@
 """Write the reference pages from the tables of the code: `python docs/generate.py`.
 
 A block of text below a comment `<!-- output of: gkd ... -->`, in any page, is written anew from that command, run
-in the folder of the project. Every page is a function of the code alone: no date, no path of this machine. The pages
-are committed, and a test fails when they are stale.
+in the folder of the project; the page of benchmarks ends with the tables of `benchmarks/results/`. Every page is a
+function of the code and those tables: no date, no path of this machine. The pages are committed, and a test fails
+when they are stale.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from gkd_dsl.sources import COMMON, SOURCES, SourceArg
 
 DOCS = Path(__file__).resolve().parent
 
+_RESULTS = "<!-- results -->"
 _SHOWN = re.compile(r"(<!-- output of: (gkd [^\n]*?) -->\n```\w+\n).*?(^```$)", re.M | re.S)
 
 _KINDS = {
@@ -94,8 +96,25 @@ def pages() -> dict[str, str]:
     for info in library.library():
         found[f"methods/{info.name}.md"] = method(info)
     found["images/sentence_encoder.svg"] = _output("gkd graph examples/sentence_encoder.gkd --format svg")
+    found["benchmarks.md"] = benchmarks((DOCS / "benchmarks.md").read_text(encoding="utf-8"))
     found.update(shown(found))
     return {path: text.rstrip("\n") + "\n" for path, text in found.items()}
+
+
+def benchmarks(page: str) -> str:
+    """The page with every table of `benchmarks/results/` behind its line `<!-- results -->`, smoke runs left out."""
+    lines = [page.partition(_RESULTS)[0] + _RESULTS, ""]
+    for path in sorted((DOCS.parent / "benchmarks" / "results").glob("*.md")):
+        if path.stem.endswith("-quick"):
+            continue
+        fenced = False
+        for line in path.read_text(encoding="utf-8").splitlines():
+            fenced = fenced != line.startswith("```")
+            lines.append(f"#{line}" if line.startswith("#") and not fenced else line.rstrip())
+            if line.rstrip() != line and not fenced:
+                lines[-1] += "  "
+        lines.append("")
+    return "\n".join(lines)
 
 
 def shown(generated: Iterable[str]) -> dict[str, str]:
