@@ -39,6 +39,8 @@ MODELS: dict[str, dict[str, object]] = {
     "student": _bert(4, 312, 12, 1200, "BertForSequenceClassification"),
     "path/to/teacher": _bert(12, 768, 12, 3072, "BertForSequenceClassification"),
     "path/to/student": _bert(6, 768, 12, 3072, "BertForSequenceClassification"),
+    "path/to/masked_teacher": _bert(12, 768, 12, 3072, "BertForMaskedLM"),
+    "path/to/masked_student": _bert(6, 768, 12, 3072, "BertForMaskedLM"),
 }
 """Configs by location; a location that is a folder beside the spec is found before the hub is asked."""
 
