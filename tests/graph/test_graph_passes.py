@@ -120,6 +120,15 @@ def test_a_term_of_coefficient_zero_is_dropped() -> None:
     assert graph.nodes["loss/a"]["node"].coefficients == (Constant(1.0), Constant(3.0))
 
 
+def test_a_loss_whose_terms_are_all_zero_is_dropped() -> None:
+    hand = Hand()
+    zero = hand.loss("zero", hand.atom(hand.tap("s", 3), hand.tap("t", 4)), by=(Constant(0.0),))
+    hand.stage("main", zero, hand.loss("kept", hand.atom(hand.tap("s", 1), hand.tap("s", 2))))
+    graph = drop(hand.graph)
+    assert keys(graph, LossNode) == {"loss/kept"}
+    assert keys(graph, ModelNode) == {"model/s"}
+
+
 def test_metrics_keep_what_they_read() -> None:
     hand = Hand()
     gone = hand.loss("gone", hand.atom(hand.tap("s", 3), hand.tap("t", 4)))

@@ -12,7 +12,7 @@ from gkd_dsl.graph.nodes import LossNode, StageNode
 
 
 def drop(graph: nx.MultiDiGraph) -> nx.MultiDiGraph:
-    """A graph without losses of constant weight 0, and without what only they, or nothing, needed.
+    """A graph without losses and terms of constant weight 0, and without what only they, or nothing, needed.
 
     Metrics that a stage evaluates keep what they read.
     """
@@ -29,12 +29,19 @@ def drop(graph: nx.MultiDiGraph) -> nx.MultiDiGraph:
 def _losses_of_stage(graph: nx.MultiDiGraph, stage: StageNode) -> None:
     slots = {slot: key for slot, key in inputs(graph, stage.key).items() if slot.isdigit()}
     kept = [
-        (weight, slots[str(number)]) for number, weight in enumerate(stage.weights) if not schedules.is_zero(weight)
+        (weight, slots[str(number)])
+        for number, weight in enumerate(stage.weights)
+        if not schedules.is_zero(weight) and _counts(graph, slots[str(number)])
     ]
     if len(kept) == len(stage.weights):
         return
     _refill(graph, stage.key, [key for _, key in kept])
     graph.nodes[stage.key]["node"] = replace(stage, weights=tuple(weight for weight, _ in kept))
+
+
+def _counts(graph: nx.MultiDiGraph, loss: str) -> bool:
+    """Whether a loss has a term that is not always 0."""
+    return any(not schedules.is_zero(weight) for weight in graph.nodes[loss]["node"].coefficients)
 
 
 def _parts_of_loss(graph: nx.MultiDiGraph, loss: LossNode) -> None:
