@@ -369,6 +369,8 @@ def method(info: library.MethodInfo) -> str:
         f"- compares: {info.taps}",
         "",
     ]
+    if getattr(info, "needs", ""):
+        lines.insert(-1, f"- needs: {info.needs}")
     lines += ["| parameter | type | default | range | |", "| --- | --- | --- | --- | --- |"]
     for param in info.params:
         within = f"`{param.within}`" if param.within else ""
