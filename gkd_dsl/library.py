@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import re
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
+from gkd_dsl.graph.passes import compile_plan
+from gkd_dsl.graph.plan import ForwardPlan, StagePlan
+from gkd_dsl.meaning.check import check_text
 from gkd_dsl.meaning.imports import library as names
 from gkd_dsl.meaning.imports import library_folder
 from gkd_dsl.source import Source
 from gkd_dsl.syntax import ast, parse
 
-FIELDS = ("paper", "venue", "arxiv", "equation", "taps", "stages", "teachers")
+FIELDS = ("paper", "venue", "arxiv", "equation", "taps", "stages", "teachers", "needs")
 
 
 @dataclass(frozen=True)
@@ -22,6 +30,31 @@ class MethodParam:
     default: str
     within: str
     doc: str
+
+
+@dataclass(frozen=True)
+class ForwardCost:
+    """What a stage asks of one model: how many of its blocks run (of how many), and the taps by kind."""
+
+    model: str
+    trains: bool
+    blocks: int
+    of: int
+    taps: tuple[tuple[str, int], ...]
+
+    def __str__(self) -> str:
+        counts = ", ".join(f"{count} x {kind}" for kind, count in self.taps)
+        run = "whole" if self.blocks == self.of else f"{self.blocks} of {self.of} blocks"
+        return f"{self.model} ({'forward and backward' if self.trains else 'forward'}, {run}): {counts}"
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """What a stage runs in a step, over the specimen pair; `projected` parameters train beside the student's."""
+
+    stage: str
+    forwards: tuple[ForwardCost, ...]
+    projected: int
 
 
 @dataclass(frozen=True)
@@ -37,6 +70,7 @@ class MethodInfo:
     taps: str
     stages: str
     teachers: str
+    needs: str
     remarks: str
     roles: tuple[tuple[str, str], ...]
     params: tuple[MethodParam, ...]
@@ -44,16 +78,19 @@ class MethodInfo:
 
     def as_dict(self) -> dict[str, object]:
         """For JSON."""
-        from dataclasses import asdict
+        return {**asdict(self), "example": self.example, "costs": [asdict(cost) for cost in costs(self.name)]}
 
-        return asdict(self)
+    @property
+    def labelled(self) -> bool:
+        """Whether its stages read labelled rows."""
+        return "labelled" in self.needs
 
     @property
     def example(self) -> str:
-        """A spec to copy."""
+        """A spec to copy: it checks once the three paths are those of two models that fit and a file of rows."""
+        data = 'csv("train.csv", text = "text", label = "label")' if self.labelled else 'text("corpus.txt")'
         lines = ["gkd 1", f'import "gkd:{self.name}" use {self.name}', ""]
-        lines += ['teacher t = hf("path/to/teacher")', 'student s = hf("path/to/student")']
-        lines += ['data texts = csv("train.csv", text = "text", label = "label")', ""]
+        lines += ['teacher t = hf("path/to/teacher")', 'student s = hf("path/to/student")', f"data texts = {data}", ""]
         lines += [f"use {self.name}(t -> s) as m", "run m"]
         return "\n".join(lines) + "\n"
 
@@ -62,7 +99,7 @@ class MethodInfo:
         head = f"{self.name}: {self.title}"
         lines = [head, "=" * len(head), "", f"{self.paper}", f"{self.venue}, arXiv {self.arxiv}", ""]
         lines += [f"minimises  {self.equation}", f"losses     {', '.join(self.losses)}"]
-        lines += [f"taps       {self.taps}", f"stages     {self.stages}", ""]
+        lines += [f"taps       {self.taps}", f"stages     {self.stages}", f"needs      {self.needs}", ""]
         if self.remarks:
             lines += [self.remarks, ""]
         width = max((len(param.name) for param in self.params), default=0)
@@ -72,6 +109,12 @@ class MethodInfo:
             lines.append(f"  {param.name:{width}}  {param.type} = {param.default}{within}")
             if param.doc:
                 lines.append(f"  {'':{width}}  {param.doc}")
+        lines += ["", f"a step of each stage, {SPECIMEN}"]
+        for cost in costs(self.name):
+            lines.append(f"  {cost.stage}")
+            lines += [f"    {forward}" for forward in cost.forwards]
+            if cost.projected:
+                lines.append(f"    projections: {cost.projected:,} parameters")
         lines += ["", "to use it", "", *(f"  {line}" if line else "" for line in self.example.splitlines())]
         return "\n".join(lines)
 
@@ -111,6 +154,65 @@ def library() -> list[MethodInfo]:
     return [describe(name) for name in names()]
 
 
+SPECIMEN = "a teacher of 12 layers, a student of 6, both 768 wide with 12 heads"
+
+
+@lru_cache(maxsize=64)
+def costs(name: str) -> tuple[StageCost, ...]:
+    """What each stage of a method runs in a step over the specimen pair, read from its compiled plan.
+
+    Raises KeyError for a name that is not in the library.
+    """
+    info = describe(name)
+    with TemporaryDirectory(prefix="gkd-") as folder:
+        root = Path(folder)
+        _specimens(root, _head(info))
+        checked = check_text(info.example, f"{name}.gkd", root=root)
+        plan = compile_plan(checked.graph)
+    return tuple(_cost(stage) for stage in plan.stages)
+
+
+def _head(info: MethodInfo) -> str:
+    """The class of the specimen pair."""
+    if info.needs.startswith("language models"):
+        return "BertForMaskedLM"
+    return "BertModel" if info.needs.startswith("models") else "BertForSequenceClassification"
+
+
+def _specimens(root: Path, head: str) -> None:
+    for role, layers in (("teacher", 12), ("student", 6)):
+        place = root / "path" / "to" / role
+        place.mkdir(parents=True)
+        config = {
+            "architectures": [head], "model_type": "bert", "vocab_size": 30522, "hidden_size": 768,
+            "num_hidden_layers": layers, "num_attention_heads": 12, "intermediate_size": 3072,
+        }  # fmt: skip
+        (place / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        (place / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n", encoding="utf-8")
+    (root / "train.csv").write_text("text,label\ngood,1\nbad,0\n", encoding="utf-8")
+    (root / "corpus.txt").write_text("good\nbad\n", encoding="utf-8")
+
+
+def _cost(stage: StagePlan) -> StageCost:
+    layers = {node.name: node.info.size("N") or 0 for node in stage.models}
+    projected = sum(node.in_features * node.out_features + node.out_features * node.bias for node in stage.projections)
+    return StageCost(
+        stage.name.partition(".")[2] or stage.name,
+        tuple(_forward_cost(forward, layers[forward.model]) for forward in stage.forwards),
+        projected,
+    )
+
+
+def _forward_cost(forward: ForwardPlan, layers: int) -> ForwardCost:
+    stop = forward.stop_after
+    blocks = layers
+    if stop is not None and stop.kind in ("embed", "hidden", "layer"):
+        index = stop.index or 0
+        blocks = index + 1 if stop.kind == "layer" else index
+    kinds = Counter(tap.path.part if tap.path.part else tap.path.kind for tap in forward.taps)
+    return ForwardCost(forward.model, forward.grad, blocks, layers, tuple(kinds.items()))
+
+
 def _header(text: str) -> tuple[str, dict[str, str], str]:
     """The title, the fields and the remarks of the comment block that opens a library file."""
     block: list[str] = []
@@ -131,4 +233,16 @@ def _header(text: str) -> tuple[str, dict[str, str], str]:
     return title, fields, "\n".join(remarks).strip()
 
 
-__all__ = ["FIELDS", "MethodInfo", "MethodParam", "describe", "library", "method_text", "names"]
+__all__ = [
+    "FIELDS",
+    "SPECIMEN",
+    "ForwardCost",
+    "MethodInfo",
+    "MethodParam",
+    "StageCost",
+    "costs",
+    "describe",
+    "library",
+    "method_text",
+    "names",
+]

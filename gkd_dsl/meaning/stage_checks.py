@@ -33,11 +33,13 @@ def reach(
     for weight, loss in terms:
         reached |= loss.carries
         if schedules.is_zero(weight):
-            ctx.warning(
-                scope, "W0702", f"`{loss.name}` has the weight 0 in this stage",
-                mention(minimize.value, loss.name, minimize.value.span),
-                "it is not computed",
-            )  # fmt: skip
+            # A method offers its variants as losses of weight 0, by its parameters: nothing is doubtful there.
+            if "/" not in loss.name:
+                ctx.warning(
+                    scope, "W0702", f"`{loss.name}` has the weight 0 in this stage",
+                    mention(minimize.value, loss.name, minimize.value.span),
+                    "it is not computed",
+                )  # fmt: skip
             continue
         if any(trained.trains(name) for name in loss.carries):
             continue

@@ -97,14 +97,14 @@ def attend(
         scores = torch.tanh(scores / softcap) * softcap
     record("scores", scores)
 
-    logits = scores.float()
+    logits = scores if scores.dtype == torch.float64 else scores.float()
     causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
     if attention_mask is None and causal and query.shape[2] > 1:
         shape = logits.shape[-2:]
         attention_mask = torch.ones(shape, dtype=torch.bool, device=logits.device).tril()[None, None]
     idle = None
     if attention_mask is not None and attention_mask.dtype == torch.bool:
-        logits = logits.masked_fill(~attention_mask, torch.finfo(torch.float32).min)
+        logits = logits.masked_fill(~attention_mask, torch.finfo(logits.dtype).min)
         idle = ~attention_mask.any(dim=-1, keepdim=True)
     elif attention_mask is not None:
         logits = logits + attention_mask
