@@ -200,8 +200,8 @@ def combine(op: Literal["+", "-", "*", "/"], left: Schedule, right: Schedule) ->
 
 
 def is_zero(schedule: Schedule) -> bool:
-    """Whether the schedule is the constant zero."""
-    return isinstance(schedule, Constant) and schedule.amount == 0.0
+    """Whether the schedule is zero throughout: the constant, or a product such as `0 * ramp(0 -> 1, until = 10%)`."""
+    return bounds(schedule) == (0.0, 0.0)
 
 
 def bounds(schedule: Schedule) -> tuple[float, float] | None:

@@ -122,6 +122,16 @@ def test_combine_folds_constants_and_neutral_numbers():
     assert not is_zero(ramp)
 
 
+def test_a_schedule_that_never_leaves_zero_is_zero():
+    ramp = Ramp(0.0, 1.0, Span(10.0, "percent"))
+    assert is_zero(combine("*", Constant(0.0), ramp))
+    assert is_zero(combine("*", ramp, Constant(0.0)))
+    assert is_zero(Ramp(0.0, 0.0, Span(10.0, "steps")))
+    assert not is_zero(Ramp(0.0, 1e-9, Span(10.0, "steps")))
+    # 0 / 0 at the start of the ramp is not a number, and must be seen.
+    assert not is_zero(Arithmetic("/", Constant(0.0), ramp))
+
+
 def test_division_by_what_may_be_zero_has_no_bounds_and_gives_nan():
     ramp = Ramp(0.0, 1.0, Span(10.0, "steps"))
     schedule = Arithmetic("/", Constant(1.0), ramp)

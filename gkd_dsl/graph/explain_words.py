@@ -153,7 +153,7 @@ def _plain(value: AttrValue) -> str:
     if isinstance(value, float):
         return number(value)
     if isinstance(value, str):
-        return f'"{value}"'
+        return '"' + value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n").replace("\t", "\\t") + '"'
     if isinstance(value, tuple):
         return f"[{', '.join(_plain(item) for item in value)}]"
     return str(value)

@@ -14,9 +14,9 @@ from hypothesis import given
 from rich.console import Console
 
 from gkd_dsl.graph.explain import Explanation, StageExplanation, explain, render
-from gkd_dsl.graph.explain_words import condition, optim_words
-from gkd_dsl.graph.nodes import OptimSpec, TrainTarget
-from gkd_dsl.schedules import Constant, Ramp, Span
+from gkd_dsl.graph.explain_words import condition, optim_words, source_words
+from gkd_dsl.graph.nodes import OptimSpec, SourceSpec, TrainTarget
+from gkd_dsl.schedules import Constant, InDrawnMap, Ramp, Span
 
 GOLDEN = Path(__file__).parent / "explain"
 
@@ -79,9 +79,19 @@ def test_a_schedule_inside_a_loss_or_an_operator_has_a_row() -> None:
     rows = {row.name: row.values for row in stage(hand.graph, total_steps=9).weights}
     assert rows == {
         "a": (),
-        "a, term 2 of 2": (4.0, 3.625, 3.25, 2.5, 1.375, 1.0),
+        "a, 1 of 2 terms": (4.0, 3.625, 3.25, 2.5, 1.375, 1.0),
         "temperature of mse": (4.0, 3.625, 3.25, 2.5, 1.375, 1.0),
     }
+
+
+def test_a_drawn_map_is_one_row() -> None:
+    hand = Hand()
+    atoms = [hand.atom(hand.tap("s", i), hand.tap("t", j)) for i in (1, 2) for j in (1, 2, 3)]
+    by = tuple(InDrawnMap(i, j, 2, 3, 1, 5) for i in range(2) for j in range(3))
+    hand.stage("main", hand.loss("a", *atoms, by=by))
+    row = stage(hand.graph, total_steps=30).weights[1]
+    assert (row.name, row.schedule) == ("a, sum over 6 terms", "pairs drawn every 1 epochs, seed = 5")
+    assert row.values == (1.0,) * 7  # one pair at a time
 
 
 def test_a_loss_of_weight_zero_is_named_and_not_computed(twelve: Explanation) -> None:
@@ -203,6 +213,11 @@ def test_optimisers_in_words() -> None:
     assert optim_words(OptimSpec(clip=None)) == "adamw, lr 5e-05, warmup 0%, decay linear, weight decay 0.01"
     sgd = OptimSpec("sgd", lr=0.1, momentum=0.9, decay="constant", warmup=Span(5.0, "steps"))
     assert optim_words(sgd) == "sgd, lr 0.1, warmup 5 steps, decay constant, momentum 0.9, gradients clipped at 1"
+
+
+def test_a_tab_in_a_data_source_is_shown_as_it_is_written() -> None:
+    source = SourceSpec("d", "csv", (("delimiter", "\t"), ("path", 'a"b\\c.tsv')))
+    assert source_words(source) == r'd = csv(delimiter = "\t", path = "a\"b\\c.tsv")'
 
 
 @given(graphs())

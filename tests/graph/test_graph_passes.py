@@ -31,8 +31,8 @@ from gkd_dsl.graph.verify import verify
 from gkd_dsl.models.taps import TapPath
 from gkd_dsl.ops import registry
 from gkd_dsl.ops.spec import OpSpec
-from gkd_dsl.schedules import Clock, Constant, Ramp, Span
-from gkd_dsl.types import BATCH, LENGTH
+from gkd_dsl.schedules import Clock, Constant, Ramp, Span, combine
+from gkd_dsl.types import BATCH, LENGTH, LossType
 
 CLOCK = Clock(3, 20, 5.0, 400)
 
@@ -109,6 +109,15 @@ def test_a_weight_that_starts_at_zero_is_kept() -> None:
         weights=(Ramp(0.0, 1.0, Span(10.0, "percent")),),
     )
     assert keys(drop(hand.graph), LossNode) == {"loss/a"}
+
+
+def test_a_weight_of_zero_times_a_schedule_is_dropped() -> None:
+    hand = Hand()
+    gone = hand.loss("gone", hand.atom(hand.tap("s", 3), hand.tap("t", 4)))
+    kept = hand.loss("kept", hand.atom(hand.tap("s", 1), hand.tap("s", 2)))
+    nothing = combine("*", Constant(0.0), Ramp(0.0, 1.0, Span(10.0, "percent")))
+    hand.stage("main", gone, kept, weights=(nothing, Constant(1.0)))
+    assert keys(drop(hand.graph), ModelNode) == {"model/s"}
 
 
 def test_a_term_of_coefficient_zero_is_dropped() -> None:
@@ -210,8 +219,12 @@ def test_weights_of_positions_and_the_causal_flag_are_in_counted() -> None:
     atom = hand.atom(hand.tap("s", 1), hand.tap("t", 1), valid=hand.valid())
     hand.connect(weight, atom, "token_weight")
     hand.connect("batch/labels", atom, "sample_weight")
-    hand.stage("main", hand.loss("a", atom))
-    found = compile_plan(hand.graph).stages[0].counted[0]
+    later = hand.op(
+        "mse", LossType((BATCH, LENGTH)), attrs=(("causal", True),), student="s/hidden.1", teacher="t/hidden.1"
+    )
+    hand.stage("main", hand.loss("a", atom, later))
+    found, causal = compile_plan(hand.graph).stages[0].counted
+    assert (found.causal, causal.causal, causal.valid) == (False, True, None)
     assert (found.token_weight, found.sample_weight) == (weight, "batch/labels")
 
 
@@ -222,6 +235,7 @@ def test_a_projection_of_a_metric_alone_is_in_the_plan() -> None:
     hand.stage("main", hand.loss("a", hand.atom(hand.tap("s", 1), hand.tap("t", 1))), metrics=(metric,))
     plan = compile_plan(hand.graph).stages[0]
     assert [block.name for block in plan.projections] == ["W"]
+    assert [(forward.key, forward.grad) for forward in plan.metrics[0].forwards] == [("s/forward", False)]
     assert plan.metrics[0].inputs == (("labels", "batch/labels"), ("student", shown))
     assert plan.columns == ("input_ids", "labels")
 
