@@ -25,6 +25,7 @@ from gkd_dsl.schedules import Clock, Schedule
 if TYPE_CHECKING:
     from rich.console import Console
 
+_MOST_ROWS = 3
 _SIZES = ("H", "N", "A", "V", "C")
 _POINTS = (0.1, 0.25, 0.5, 0.75, 1.0)
 
@@ -277,9 +278,14 @@ def _weights(plan: StagePlan, clocks: tuple[Clock, ...]) -> Iterable[WeightRow]:
     seen: set[tuple[str, Schedule]] = set()
     for weight, loss in zip(plan.weights, plan.losses, strict=True):
         yield row(loss.name, weight)
-        for place, (coefficient, _) in enumerate(loss.parts):
-            if not isinstance(coefficient, schedules.Constant):
-                yield row(f"{loss.name}, term {place + 1} of {len(loss.parts)}", coefficient)
+        moving = [by for by, _ in loss.parts if not isinstance(by, schedules.Constant)]
+        distinct = tuple(dict.fromkeys(moving))
+        if len(distinct) > _MOST_ROWS:
+            values = tuple(sum(by.value(clock) for by in moving) for clock in clocks)
+            yield WeightRow(f"{loss.name}, sum over {len(moving)} terms", _kinds(distinct), False, values)
+            continue
+        for by in distinct:
+            yield row(f"{loss.name}, {moving.count(by)} of {len(loss.parts)} terms", by)
     for step in plan.program:
         if isinstance(step, liveness.Apply):
             for name, value in step.attrs:
@@ -291,6 +297,15 @@ def _weights(plan: StagePlan, clocks: tuple[Clock, ...]) -> Iterable[WeightRow]:
                 ):
                     seen.add((label, value))
                     yield row(label, value)
+
+
+def _kinds(found: tuple[Schedule, ...]) -> str:
+    """Many schedules in a few words."""
+    drawn = {(by.every, by.seed) for by in found if isinstance(by, schedules.InDrawnMap)}
+    if len(drawn) == 1 and all(isinstance(by, schedules.InDrawnMap) for by in found):
+        every, seed = drawn.pop()
+        return f"pairs drawn every {number(every)} epochs, seed = {seed}"
+    return "a schedule for each"
 
 
 def _layer_map(graph: nx.MultiDiGraph, plan: StagePlan) -> Iterable[MapRow]:
