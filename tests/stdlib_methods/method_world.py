@@ -226,3 +226,33 @@ def row_kl(teacher: Tensor, student: Tensor) -> Tensor:
     """KL(teacher || student) of one vector of logits, written out."""
     p, q = torch.exp(teacher) / torch.exp(teacher).sum(), torch.exp(student) / torch.exp(student).sum()
     return sum(p[c] * (torch.log(p[c]) - torch.log(q[c])) for c in range(len(p)))
+
+
+def attention_of(model: nn.Module, layer: int = -1) -> nn.Module:
+    """The attention of a block."""
+    return model.base_model.encoder.layer[layer].attention
+
+
+def rotated(features: int, seed: int) -> Tensor:
+    """A random orthogonal matrix."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.linalg.qr(torch.randn(features, features, generator=generator, dtype=torch.float64)).Q
+
+
+def turn(linear: nn.Linear, matrix: Tensor) -> None:
+    """Put a square matrix behind a linear layer."""
+    with torch.no_grad():
+        linear.weight.copy_(matrix @ linear.weight)
+        linear.bias.copy_(matrix @ linear.bias)
+
+
+def permute_heads(model: nn.Module, order: list[int]) -> None:
+    """Put the heads of the last block in another order; the function of the model stays."""
+    attention = attention_of(model)
+    width = attention.self.query.out_features // len(order)
+    places = torch.cat([torch.arange(h * width, h * width + width) for h in order])
+    with torch.no_grad():
+        for linear in (attention.self.query, attention.self.key, attention.self.value):
+            linear.weight.copy_(linear.weight[places])
+            linear.bias.copy_(linear.bias[places])
+        attention.output.dense.weight.copy_(attention.output.dense.weight[:, places])
