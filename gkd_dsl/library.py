@@ -146,7 +146,8 @@ def describe(name: str) -> MethodInfo:
         if formal.type is not None
     )
     losses = tuple(stmt.name.text for stmt in method.body if isinstance(stmt, ast.LossDecl))
-    return MethodInfo(name, title, *(fields.get(field, "") for field in FIELDS), remarks, roles, params, losses)
+    said = {field: fields.get(field, "") for field in FIELDS}
+    return MethodInfo(name=name, title=title, remarks=remarks, roles=roles, params=params, losses=losses, **said)
 
 
 def library() -> list[MethodInfo]:

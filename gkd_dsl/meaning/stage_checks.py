@@ -34,7 +34,7 @@ def reach(
         reached |= loss.carries
         if schedules.is_zero(weight):
             # A method offers its variants as losses of weight 0, by its parameters: nothing is doubtful there.
-            if "/" not in loss.name:
+            if "/" not in loss.name and not ctx.methods_only:
                 ctx.warning(
                     scope, "W0702", f"`{loss.name}` has the weight 0 in this stage",
                     mention(minimize.value, loss.name, minimize.value.span),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from gkd_dsl import schedules
 from gkd_dsl.graph.nodes import TrainTarget
 from gkd_dsl.meaning.context import Context
 from gkd_dsl.meaning.scope import Scope
@@ -41,8 +42,10 @@ def training(ctx: Context, scope: Scope, decl: ast.Stage, objective: Loss | None
             good = good and found is not None
             targets += found or []
     else:
+        terms = objective.terms if objective is not None else ()
+        used = frozenset().union(*(term.loss.carries for term in terms if not schedules.is_zero(term.weight)))
         for name in sorted(carries):
-            if name.startswith("project/"):
+            if name.startswith("project/") and name in used:
                 targets.append(TrainTarget("project", name.removeprefix("project/")))
             elif name in ctx.models and ctx.models[name].role != "teacher":
                 targets.append(TrainTarget("model", name))

@@ -192,3 +192,10 @@ def test_a_formal_of_a_type_that_is_none() -> None:
     assert codes(check("gkd 1\n" + SOFT_LABELS.replace("T: float", "T: flaot"))) == ["E0405"]
     function = "loss f(m: modle) = kl(m.logits <- t.logits)\n" + stage("minimize f(s)")
     assert codes(check(spec(function))) == ["E0405"]
+
+
+def test_a_methods_variant_of_weight_zero_is_no_doubt_but_ones_own_is() -> None:
+    text = 'import "gkd:distilbert" use distilbert\nuse distilbert(t -> s) as d\nrun d\n'
+    models = 'teacher t = hf("models/teacher_mlm")\nstudent s = truncated(t, layers = [0, 3, 6, 9])\n'
+    good(f'gkd 1\n{models}data lines = text("data/text.txt")\n{text}')
+    assert codes(check(spec(HARD + SOFT + stage("minimize hard + 0 * soft")))) == ["W0702"]
