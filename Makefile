@@ -9,6 +9,8 @@ STAMP := $(VENV)/.installed
 DEV := $(VENV)/.developer
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
+export NO_MKDOCS_2_WARNING ?= 1
+PIP := PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: quickstart test lint types docs clean
 
@@ -24,7 +26,7 @@ lint: $(DEV)
 
 # Type checkers cannot follow the folder mapping of pyproject.toml, so they look at an installed copy.
 types: $(DEV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation \
+	$(PIP) --no-deps --no-build-isolation \
 		--target build/installed --upgrade .
 	cd build/installed && ../../$(BIN)/mypy --config-file ../../pyproject.toml --python-executable ../../$(BIN)/python gkd_dsl
 
@@ -34,13 +36,13 @@ docs: $(DEV)
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade "pip>=25.1"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e . --group example
+	$(PIP) --upgrade "pip>=25.1"
+	$(PIP) -c constraints.txt torch
+	$(PIP) -c constraints.txt -e . --group example
 	touch $@
 
 $(DEV): $(STAMP)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	$(PIP) -c constraints.txt \
 		--group test --group lint --group docs
 	touch $@
 

@@ -16,8 +16,9 @@ import tempfile
 import time
 from pathlib import Path
 
-import gkd_dsl
 from common import machine as describe_machine
+
+import gkd_dsl
 
 HERE = Path(__file__).resolve().parent
 SPEC = HERE.parent / "examples" / "reviews.gkd"
@@ -68,8 +69,14 @@ def device() -> dict[str, object]:
     import torch
     import transformers
 
-    found: dict[str, object] = {**describe_machine(), "torch": torch.__version__, "transformers": transformers.__version__}
-    found["device"] = torch.cuda.get_device_name(0) if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads"
+    found: dict[str, object] = {
+        **describe_machine(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    found["device"] = (
+        torch.cuda.get_device_name(0) if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads"
+    )
     return found
 
 

@@ -41,6 +41,7 @@ class Source:
 
     @property
     def line_count(self) -> int:
+        """How many lines the text has."""
         return len(self._starts)
 
 
@@ -54,14 +55,17 @@ class Span:
 
     @property
     def text(self) -> str:
+        """The characters of the span."""
         return self.source.text[self.start : self.end]
 
     @property
     def line(self) -> int:
+        """The 1-based line of its start."""
         return self.source.position(self.start)[0]
 
     @property
     def column(self) -> int:
+        """The 1-based column of its start."""
         return self.source.position(self.start)[1]
 
     def to(self, other: Span) -> Span:

@@ -41,7 +41,9 @@ class Spec:
     ) -> None:
         self.text, self.name, self.path = text, name, path
         self.root = root if root is not None else (path.resolve().parent if path is not None else Path.cwd())
-        self.params = {key: value if isinstance(value, str) else literal(value) for key, value in (params or {}).items()}
+        self.params = {
+            key: value if isinstance(value, str) else literal(value) for key, value in (params or {}).items()
+        }
         self.offline, self.trust = offline, trust
 
     @cached_property
@@ -116,7 +118,9 @@ class Spec:
         names = [found.name for found in plan.stages]
         if stage is not None and stage not in names:
             raise KeyError(f"the spec has no stage {stage!r}; its stages: {', '.join(names)}")
-        return Distiller(plan.stages[names.index(stage) if stage is not None else 0], models, projections, root=self.root)
+        return Distiller(
+            plan.stages[names.index(stage) if stage is not None else 0], models, projections, root=self.root
+        )
 
     def _sound(self) -> Checked:
         if not self.checked.ok:

@@ -24,10 +24,12 @@ class Dim:
 
     @property
     def per_batch(self) -> bool:
+        """Whether its size is only known with a batch."""
         return self.name in ("B", "L")
 
     @property
     def known(self) -> bool:
+        """Whether it can be compared."""
         return self.per_batch or self.size is not None
 
     def agrees(self, other: Dim) -> bool:
@@ -81,6 +83,7 @@ class LossType:
 
     @property
     def long(self) -> str:
+        """With the name and the size of each axis."""
         return f"[{', '.join(str(d) for d in self.dims)}]"
 
 

@@ -15,8 +15,9 @@ import safetensors
 import safetensors.torch
 import torch
 import transformers
-from gkd_dsl.runtime.errors import CHECKPOINT, RunError, writing
 from torch import Tensor, nn
+
+from gkd_dsl.runtime.errors import CHECKPOINT, RunError, writing
 
 FORMAT = 1
 _STATE, _SPEC, _OPTIMIZER, _PROJECTIONS = "state.json", "spec.json", "optimizer.safetensors", "projections.safetensors"

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gkd_dsl.runtime.export import weight_bytes
 from rich.table import Table
 from torch import Tensor, nn
+
+from gkd_dsl.runtime.export import weight_bytes
 
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 

@@ -6,12 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
-from gkd_dsl.runtime.extensions import load_extensions
-from gkd_dsl.runtime.step import Batch, StepModule
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gkd_dsl.graph.plan import StagePlan
+from gkd_dsl.runtime.extensions import load_extensions
+from gkd_dsl.runtime.step import Batch, StepModule
 from gkd_dsl.schedules import Clock
 
 

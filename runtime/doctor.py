@@ -129,8 +129,9 @@ def _working_folder() -> list[Finding]:
 
 
 def _caches() -> list[Finding]:
-    from gkd_dsl.runtime.data.quiet import cache_folder
     from huggingface_hub import constants
+
+    from gkd_dsl.runtime.data.quiet import cache_folder
 
     hub = Path(constants.HF_HUB_CACHE)
     found = [_writable("hub cache", hub, "set HF_HOME to a folder that you may write to")]

@@ -7,16 +7,16 @@ from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
-from gkd_dsl.runtime import metrics
-from gkd_dsl.runtime.models.tapper import Tapper
-from gkd_dsl.runtime.program import Env, Program, batch_keys, plain
-from gkd_dsl.runtime.step import Batch
-from gkd_dsl.runtime.teachers import run_taps
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gkd_dsl.graph.plan import ForwardPlan, MetricPlan, StagePlan
 from gkd_dsl.models.resolve import last_needed
+from gkd_dsl.runtime import metrics
+from gkd_dsl.runtime.models.tapper import Tapper
+from gkd_dsl.runtime.program import Env, Program, batch_keys, plain
+from gkd_dsl.runtime.step import Batch
+from gkd_dsl.runtime.teachers import run_taps
 from gkd_dsl.schedules import Clock
 
 

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from gkd_dsl.runtime.model_card import model_card
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
+
+from gkd_dsl.runtime.model_card import model_card
 
 _OURS = "gkd_export.json"
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from gkd_dsl.runtime.errors import CANNOT_RUN, RunError
-from gkd_dsl.runtime.ops.registry import function
-
 from gkd_dsl import extension
 from gkd_dsl.graph.plan import Apply, SpecPlan, StagePlan
+from gkd_dsl.runtime.errors import CANNOT_RUN, RunError
+from gkd_dsl.runtime.ops.registry import function
 
 
 def load_extensions(plan: SpecPlan | StagePlan, root: Path) -> None:

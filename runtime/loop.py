@@ -9,16 +9,16 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Protocol
 
+from torch import Tensor
+
+from gkd_dsl.graph.nodes import StageNode
+from gkd_dsl.graph.plan import StagePlan
 from gkd_dsl.runtime.backends.base import Backend, StepResult
 from gkd_dsl.runtime.checkpoint import Position
 from gkd_dsl.runtime.errors import CANNOT_RUN, RunError
 from gkd_dsl.runtime.evaluate import Evaluator
 from gkd_dsl.runtime.optim import LearningRate, span_steps
 from gkd_dsl.runtime.records import EvaluateRecord, Listener, StepRecord
-from torch import Tensor
-
-from gkd_dsl.graph.nodes import StageNode
-from gkd_dsl.graph.plan import StagePlan
 from gkd_dsl.schedules import Clock, Span
 
 _MINUTES_BETWEEN_CHECKPOINTS = 10.0

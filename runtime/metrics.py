@@ -12,9 +12,10 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from gkd_dsl.runtime.ops.common import default_dims, full, mask_for
 from gkd_dsl.runtime.ops.reduce import reduce_loss
-from torch import Tensor
 
 
 class Metric(Protocol):

@@ -8,12 +8,12 @@ from functools import cache
 from typing import Any
 
 import torch
-from gkd_dsl.runtime.errors import CANNOT_RUN, SHAPES, RunError, out_of_memory
-from gkd_dsl.runtime.ops.registry import Operator, functions
 from torch import Tensor, nn
 
 from gkd_dsl.graph.nodes import AttrValue
 from gkd_dsl.graph.plan import Apply, Free, Instruction, Run
+from gkd_dsl.runtime.errors import CANNOT_RUN, SHAPES, RunError, out_of_memory
+from gkd_dsl.runtime.ops.registry import Operator, functions
 from gkd_dsl.schedules import Clock, Schedule
 from gkd_dsl.types import Dim, LossType, TensorType, ValueType
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 
-from gkd_dsl.runtime.records import EvaluateRecord, StageRecord, StepRecord
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
+
+from gkd_dsl.runtime.records import EvaluateRecord, StageRecord, StepRecord
 
 _LINES_A_STAGE = 10
 _REFRESH_SECONDS = 0.1

@@ -180,7 +180,7 @@ def newest(name: str, root: Path = Path("runs")) -> Path:
     found = [
         path
         for path in root.glob(f"{name}*")
-        if path.is_dir() and path.name.removeprefix(name).lstrip("-").isdigit() or path.name == name
+        if (path.is_dir() and path.name.removeprefix(name).lstrip("-").isdigit()) or path.name == name
     ]
     if not found:
         raise RunError(CANNOT_RUN, f"there is no run of {name} below {root}/", "start one without `--resume`")
@@ -197,13 +197,11 @@ def about(folder: Path) -> dict[str, Any]:
 
 def _pooling(stage: StagePlan, name: str) -> Literal["mean", "cls"] | None:
     """How the objective made one vector of a text, where it did so from the student's last hidden state."""
-    forwards = [forward for forward in stage.forwards if forward.model == name]
-    final = {
-        tap.key
-        for forward in forwards
-        for tap in forward.taps
-        if tap.path.kind == "final" or tap.path == max((t.path for t in forward.taps if t.path.kind == "hidden"), default=None)
-    }
+    final: set[str] = set()
+    for forward in stage.forwards:
+        if forward.model == name:
+            last = max((tap.path for tap in forward.taps if tap.path.kind == "hidden"), default=None)
+            final |= {tap.key for tap in forward.taps if tap.path.kind == "final" or tap.path == last}
     for step in stage.program:
         if isinstance(step, Apply) and step.op in ("pool", "cls") and dict(step.inputs).get("x") in final:
             return "mean" if step.op == "pool" else "cls"

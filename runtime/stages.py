@@ -8,6 +8,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from gkd_dsl.graph.nodes import ModelNode
+from gkd_dsl.graph.plan import SpecPlan, StagePlan
+from gkd_dsl.models.describe import describe
+from gkd_dsl.models.info import ModelInfo
 from gkd_dsl.runtime import checkpoint, rng
 from gkd_dsl.runtime.backends.base import Backend, Settings
 from gkd_dsl.runtime.backends.local import LocalBackend
@@ -23,13 +30,6 @@ from gkd_dsl.runtime.models.load import load, load_tokenizer
 from gkd_dsl.runtime.records import EvaluateRecord, Listener, StageRecord, StepRecord
 from gkd_dsl.runtime.run_folder import RunFolder
 from gkd_dsl.runtime.step import StepModule, make_projections
-from torch import Tensor, nn
-from transformers import PreTrainedModel
-
-from gkd_dsl.graph.nodes import ModelNode
-from gkd_dsl.graph.plan import SpecPlan, StagePlan
-from gkd_dsl.models.describe import describe
-from gkd_dsl.models.info import ModelInfo
 
 _PLAN = "plan.json"
 Loaders = Callable[[StagePlan], Loader]

@@ -8,18 +8,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from gkd_dsl.runtime.errors import CANNOT_RUN, SHAPES, RunError
-from gkd_dsl.runtime.models.load import part_parameters
-from gkd_dsl.runtime.models.tapper import Tapper
-from gkd_dsl.runtime.ops.reduce import count_positions, reduce_loss
-from gkd_dsl.runtime.program import Env, Program, ShapeCheck, batch_keys
-from gkd_dsl.runtime.teachers import LiveTeachers, TeacherSource, run_taps
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gkd_dsl.graph.nodes import ProjectNode, TrainTarget
 from gkd_dsl.graph.plan import Apply, Counted, ForwardPlan, StagePlan
 from gkd_dsl.models.resolve import part_modules
+from gkd_dsl.runtime.errors import CANNOT_RUN, SHAPES, RunError
+from gkd_dsl.runtime.models.load import part_parameters
+from gkd_dsl.runtime.models.tapper import Tapper
+from gkd_dsl.runtime.ops.reduce import count_positions, reduce_loss
+from gkd_dsl.runtime.program import Env, Program, ShapeCheck, batch_keys
+from gkd_dsl.runtime.teachers import LiveTeachers, TeacherSource, run_taps
 from gkd_dsl.schedules import Clock
 from gkd_dsl.types import Dim
 

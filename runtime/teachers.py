@@ -7,12 +7,12 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import torch
-from gkd_dsl.runtime.models.tapper import Tapper
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from gkd_dsl.graph.nodes import ModelNode
 from gkd_dsl.graph.plan import ForwardPlan
+from gkd_dsl.runtime.models.tapper import Tapper
 
 
 class TeacherSource(Protocol):

@@ -6,8 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import gkd_dsl
 import pytest
+
+import gkd_dsl
 
 TEXT = """gkd 1
 param T: float = 2.0 in 1.0 ..= 10.0
@@ -49,8 +50,9 @@ def test_a_bad_value_is_found_and_compiling_refuses(spec: Path) -> None:
 
 
 def test_a_spec_runs_exports_and_is_evaluated_again(spec: Path, tmp_path: Path) -> None:
-    from gkd_dsl.runtime.reopen import evaluate_run
     from transformers import AutoModelForSequenceClassification
+
+    from gkd_dsl.runtime.reopen import evaluate_run
 
     loaded = gkd_dsl.load(spec)
     outcome = loaded.run(out=tmp_path / "run", measure=False)
@@ -63,6 +65,7 @@ def test_a_spec_runs_exports_and_is_evaluated_again(spec: Path, tmp_path: Path) 
 
 def test_a_compiled_step_gives_a_gradient_to_the_student_alone(spec: Path) -> None:
     import torch
+
     from gkd_dsl.runtime.models.load import load
 
     loaded = gkd_dsl.load(spec)

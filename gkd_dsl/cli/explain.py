@@ -11,7 +11,9 @@ from gkd_dsl.cli.options import Json, Online, Sets, checked, fail, require_ok
 
 
 def explain(
-    what: Annotated[str, typer.Argument(metavar="SPEC|CODE|OPERATOR", help="a .gkd file, a code such as E0301, or an operator")],
+    what: Annotated[
+        str, typer.Argument(metavar="SPEC|CODE|OPERATOR", help="a .gkd file, a code such as E0301, or an operator")
+    ],
     set_: Sets = None,
     json: Json = False,
     online: Online = False,
@@ -71,7 +73,10 @@ def _operator(name: str) -> None:
     spec_ = registry.lookup(name)
     if spec_ is None:
         near = did_you_mean(name, registry.names())
-        fail(f"there is no operator {name}" + (f"; did you mean {near[0]}?" if near else "; `gkd explain operators` lists them"))
+        fail(
+            f"there is no operator {name}"
+            + (f"; did you mean {near[0]}?" if near else "; `gkd explain operators` lists them")
+        )
     typer.echo(f"{spec_.name}: {spec_.doc}")
     typer.echo(f"  {spec_.formula}")
     for signature in spec_.signatures:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import sys
 
@@ -52,5 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
 
         typer.echo(f"gkd-dsl {version('gkd-dsl')}")
         return
+    # Importing makes many objects that live to the end: looking for cycles among them takes a sixth of a short command.
+    gc.set_threshold(100_000, 50, 50)
     only = words[0] if words and words[0] in COMMANDS else None
     application(only)(args=words, prog_name="gkd")

@@ -10,7 +10,9 @@ from gkd_dsl.cli.options import Json, fail
 
 
 def methods(
-    name: Annotated[str | None, typer.Argument(help="one method: its paper, equation, parameters, and a spec to copy")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="one method: its paper, equation, parameters, and a spec to copy")
+    ] = None,
     json: Json = False,
     source: Annotated[bool, typer.Option("--source", help="print the method's file")] = False,
 ) -> None:

@@ -52,9 +52,7 @@ def colored() -> bool:
     return sys.stdout.isatty() and "NO_COLOR" not in os.environ
 
 
-def checked(
-    spec: str, sets: list[str] | None = None, *, online: bool = False, trust: bool = False
-) -> Checked:
+def checked(spec: str, sets: list[str] | None = None, *, online: bool = False, trust: bool = False) -> Checked:
     """Check a file; one that cannot be read ends the command."""
     try:
         return check_path(spec, params=overrides(sets), offline=not online, trust=trust)
@@ -93,4 +91,4 @@ def require_ok(result: Checked) -> None:
         raise typer.Exit(FAULT)
 
 
-__all__ = ["FAULT", "Source", "Span", "USAGE", "checked", "fail", "overrides", "parse", "render_json", "show"]
+__all__ = ["FAULT", "USAGE", "Source", "Span", "checked", "fail", "overrides", "parse", "render_json", "show"]

@@ -55,7 +55,9 @@ def run(
     spec: Spec,
     set_: Sets = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="the run folder; else runs/NAME")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="go on with the newest run of this spec, or the one in --out")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="go on with the newest run of this spec, or the one in --out")
+    ] = False,
     offline: Annotated[bool, typer.Option("--offline", help="never ask the model hub")] = False,
     json: Json = False,
 ) -> None:

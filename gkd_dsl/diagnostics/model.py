@@ -57,6 +57,7 @@ class Diagnostic:
 
     @property
     def span(self) -> Span | None:
+        """Where it is reported."""
         return self.labels[0].span if self.labels else None
 
 
@@ -104,10 +105,12 @@ class Diagnostics:
 
     @property
     def errors(self) -> list[Diagnostic]:
+        """The findings that keep a spec from running."""
         return [diagnostic for diagnostic in self.found if diagnostic.severity == "error"]
 
     @property
     def ok(self) -> bool:
+        """Whether no error was found."""
         return not self.errors
 
     def __iter__(self) -> Iterator[Diagnostic]:

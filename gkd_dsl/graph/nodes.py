@@ -31,6 +31,8 @@ AttrValue = bool | int | float | str | None | Schedule | tuple["AttrValue", ...]
 
 @dataclass(frozen=True)
 class GraphNode:
+    """What every node has: its key, and the places in the spec that it comes from."""
+
     key: str
     locations: tuple[Location, ...] = field(default=(), compare=False, kw_only=True)
 
@@ -94,6 +96,7 @@ class OpNode(GraphNode):
     type: TensorType | LossType
 
     def attr(self, name: str, default: AttrValue = None) -> AttrValue:
+        """An attribute by name."""
         return dict(self.attrs).get(name, default)
 
 
@@ -116,6 +119,9 @@ class MetricNode(GraphNode):
     greater_is_better: bool = True
 
 
+NO_WARMUP = Span(0.0, "percent")
+
+
 @dataclass(frozen=True)
 class OptimSpec:
     """The optimiser of a stage. `warmup` and `decay` shape the learning rate over the stage."""
@@ -126,7 +132,7 @@ class OptimSpec:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     momentum: float = 0.0
-    warmup: Span = Span(0.0, "percent")
+    warmup: Span = NO_WARMUP
     decay: Literal["linear", "cosine", "constant"] = "linear"
     clip: float | None = 1.0
 
@@ -142,6 +148,8 @@ class TrainTarget:
 
 @dataclass(frozen=True)
 class EvaluateSpec:
+    """Which metrics a stage evaluates, and how often (at its end only where `every` is None)."""
+
     metrics: tuple[str, ...]
     every: Span | None
 
@@ -156,6 +164,7 @@ class SourceSpec:
     location: Location | None = field(default=None, compare=False)
 
     def arg(self, name: str, default: AttrValue = None) -> AttrValue:
+        """An argument by name."""
         return dict(self.args).get(name, default)
 
 

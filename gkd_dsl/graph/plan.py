@@ -114,6 +114,7 @@ class StagePlan:
     metrics: tuple[MetricPlan, ...] = ()
 
     def forward(self, key: str) -> ForwardPlan:
+        """The forward of a key."""
         return next(forward for forward in self.forwards if forward.key == key)
 
 

@@ -8,12 +8,14 @@ from typing import Literal
 from gkd_dsl.source import Source, Span
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Node:
+    """Anything with a place."""
+
     span: Span
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Ident(Node):
     """A name at the place where it is written."""
 
@@ -23,19 +25,21 @@ class Ident(Node):
 # --- expressions -----------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Name(Node):
+    """`s`, `T`, `uniform`."""
+
     id: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Number(Node):
     """An integer or a decimal number; `value` keeps which."""
 
     value: int | float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Duration(Node):
     """`10%`, `500 steps`, `3 epochs`, `2M tokens`. A percent's value is 10, not 0.1."""
 
@@ -43,34 +47,44 @@ class Duration(Node):
     unit: Literal["percent", "steps", "epochs", "tokens"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class String(Node):
+    """`"text"`; `value` has its escapes resolved."""
+
     value: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Bool(Node):
+    """`true` or `false`."""
+
     value: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class List(Node):
+    """`[a, b]`."""
+
     items: tuple[Expr, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Attr(Node):
+    """`base.name`."""
+
     base: Expr
     name: Ident
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Index(Node):
+    """`base[args]`."""
+
     base: Expr
     args: tuple[Expr, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Arg(Node):
     """One argument of a call; `name` is set for a keyword argument."""
 
@@ -78,19 +92,23 @@ class Arg(Node):
     value: Expr
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Call(Node):
+    """`func(args)`."""
+
     func: Expr
     args: tuple[Arg, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Unary(Node):
+    """`-value` or `not value`."""
+
     op: Literal["-", "not"]
     value: Expr
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Binary(Node):
     """Two operands; `%` only in the `where` of a signature."""
 
@@ -100,7 +118,7 @@ class Binary(Node):
     right: Expr
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Pipe(Node):
     """`value |> block`."""
 
@@ -108,7 +126,7 @@ class Pipe(Node):
     block: Expr
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Pair(Node):
     """`student_side <- teacher_side`."""
 
@@ -117,7 +135,7 @@ class Pair(Node):
     arrow: Span
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Arrow(Node):
     """`a -> b`, only as an argument: `ramp(0 -> 1)`, `linear(s.H -> t.H)`, `use kd(t -> s)`."""
 
@@ -125,7 +143,7 @@ class Arrow(Node):
     right: Expr
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Range(Node):
     """`lo ..< hi` or `lo ..= hi`."""
 
@@ -134,7 +152,7 @@ class Range(Node):
     inclusive: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Comprehension(Node):
     """`element for (i, j) in iterable`, only as an argument; `binders` holds at least one name."""
 
@@ -143,7 +161,7 @@ class Comprehension(Node):
     iterable: Expr
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Missing(Node):
     """Stands where an expression could not be read; already reported."""
 
@@ -172,14 +190,14 @@ Expr = (
 # --- types, as written in `param`, formals and operator signatures -----------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DimExpr(Node):
     """`H`, `s.H`, `64`, or `...` (any leading axes)."""
 
     text: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TypeExpr(Node):
     """`float`, `Float[B, L, s.H]`; `dims` is None where no brackets are written."""
 
@@ -187,7 +205,7 @@ class TypeExpr(Node):
     dims: tuple[DimExpr, ...] | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SignatureArg(Node):
     """`x: Float[..., H]`, with `<- y: T` a student-teacher pair; a default makes it optional."""
 
@@ -198,7 +216,7 @@ class SignatureArg(Node):
     within: Range | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Signature(Node):
     """`name(args) -> type [where condition, ...]`, the text of an operator or a data source."""
 
@@ -211,12 +229,14 @@ class Signature(Node):
 # --- declarations ------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Header(Node):
+    """`gkd 1`."""
+
     version: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ImportAs(Node):
     """`import "path" as name`."""
 
@@ -224,7 +244,7 @@ class ImportAs(Node):
     alias: Ident
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ImportUse(Node):
     """`import "path" use a, b`."""
 
@@ -232,7 +252,7 @@ class ImportUse(Node):
     names: tuple[Ident, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ImportPython(Node):
     """`import python "module or ./file.py" as name`."""
 
@@ -240,8 +260,10 @@ class ImportPython(Node):
     alias: Ident
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Param(Node):
+    """`param name: type = default in range "doc"`."""
+
     name: Ident
     type: TypeExpr
     default: Expr | None
@@ -249,19 +271,23 @@ class Param(Node):
     doc: str | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DimDecl(Node):
+    """`dim a, b`."""
+
     names: tuple[Ident, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Let(Node):
+    """`let name = value`; with indices a family."""
+
     name: Ident
     indices: tuple[Ident, ...]
     value: Expr
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Setting(Node):
     """`key = value` inside a block."""
 
@@ -269,34 +295,42 @@ class Setting(Node):
     value: Expr
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ModelDecl(Node):
+    """`teacher name = value { settings }`."""
+
     role: Literal["teacher", "student", "model"]
     name: Ident
     value: Expr
     body: tuple[Stmt, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DataDecl(Node):
+    """`data name = value`."""
+
     name: Ident
     value: Expr
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MaskDecl(Node):
+    """`mask name = value`."""
+
     name: Ident
     value: Expr
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ProjectDecl(Node):
+    """`project name[i] = value`."""
+
     name: Ident
     indices: tuple[Ident, ...]
     value: Expr
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LossDecl(Node):
     """`loss name = e`, a family `loss name[i] = e`, or a function of passes `loss name(m: model) = e`."""
 
@@ -306,13 +340,15 @@ class LossDecl(Node):
     value: Expr
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MetricDecl(Node):
+    """`metric name = value`."""
+
     name: Ident
     value: Expr
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Formal(Node):
     """A method's parameter: `teacher t` (role set) or `T: float = 2.0 in 1.0 ..= 20.0` (type set)."""
 
@@ -324,15 +360,17 @@ class Formal(Node):
     doc: str | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MethodDecl(Node):
+    """`method name(formals) "doc" { body }`."""
+
     name: Ident
     formals: tuple[Formal, ...]
     body: tuple[Stmt, ...]
     doc: str | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Use(Node):
     """`use path(args) as name`."""
 
@@ -341,14 +379,14 @@ class Use(Node):
     alias: Ident
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Run(Node):
     """`run tb`: all the stages that a used method carries."""
 
     name: Ident
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Stage(Node):
     """`stage name [i] for duration each i in range { ... }`."""
 
@@ -359,38 +397,50 @@ class Stage(Node):
     body: tuple[Stmt, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Train(Node):
+    """`train targets`."""
+
     targets: tuple[Expr, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Freeze(Node):
+    """`freeze targets`."""
+
     targets: tuple[Expr, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Minimize(Node):
+    """`minimize value`."""
+
     value: Expr
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Total(Node):
+    """`total = value`, inside a method."""
+
     value: Expr
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Evaluate(Node):
+    """`evaluate metrics every duration`."""
+
     metrics: tuple[Expr, ...]
     every: Duration | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class KeepBest(Node):
+    """`keep best by metric`."""
+
     metric: Ident
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Replace(Node):
     """`replace target with source [for (i, j) in pairs] [when condition]`."""
 
@@ -400,7 +450,7 @@ class Replace(Node):
     when: Expr | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Swap(Node):
     """`swap target from source [at positions] [for ...]`."""
 
@@ -410,7 +460,7 @@ class Swap(Node):
     over: tuple[tuple[Ident, ...], Expr] | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AddTo(Node):
     """`add embed = noise`."""
 
@@ -418,7 +468,7 @@ class AddTo(Node):
     value: Expr
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Remap(Node):
     """`remap ids = map`."""
 
@@ -426,14 +476,16 @@ class Remap(Node):
     value: Expr
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Pass(Node):
+    """`pass name = value { changes }`."""
+
     name: Ident
     value: Expr
     body: tuple[Setting | Replace | Swap | AddTo | Remap, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Counter(Node):
     """`counter k from 1 to s.N advance when condition`."""
 
@@ -443,14 +495,16 @@ class Counter(Node):
     when: Expr
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Policy(Node):
+    """`policy name = value { body }`."""
+
     name: Ident
     value: Expr
     body: tuple[Stmt, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Placement(Node):
     """`teacher t { placement = offload }` inside `runtime`."""
 
@@ -459,8 +513,10 @@ class Placement(Node):
     body: tuple[Setting, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Runtime(Node):
+    """`runtime { settings and placements }`."""
+
     body: tuple[Setting | Placement, ...]
 
 
@@ -509,14 +565,14 @@ Stmt = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Comment:
     """A `#` comment, kept apart from the tree so that a printer can put it back."""
 
     span: Span
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class File:
     """A whole file: what could be read of it, and its comments in order."""
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from gkd_dsl.runtime.step import Batch, StepModule
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from gkd_dsl.graph.nodes import AttrValue, OptimSpec
+from gkd_dsl.runtime.step import Batch, StepModule
 from gkd_dsl.schedules import Clock
 
 

@@ -7,15 +7,15 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from gkd_dsl.graph.nodes import OptimSpec
 from gkd_dsl.runtime.backends.base import Settings, StepResult
 from gkd_dsl.runtime.errors import CANNOT_RUN, NOT_FINITE, OUT_OF_MEMORY, RunError, out_of_memory
 from gkd_dsl.runtime.models.checkpointing import set_checkpointing
 from gkd_dsl.runtime.optim import make_optimizer
 from gkd_dsl.runtime.step import Batch, StepModule, StepOutput
-from torch import Tensor
-from transformers import PreTrainedModel
-
-from gkd_dsl.graph.nodes import OptimSpec
 from gkd_dsl.schedules import Clock
 
 

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import datasets
-from gkd_dsl.runtime.data.errors import DataError
-from gkd_dsl.runtime.data.quiet import cache_folder, quiet
-from gkd_dsl.runtime.data.rows import Chosen
 from transformers import PreTrainedTokenizerBase
 
 from gkd_dsl.graph.nodes import AttrValue
+from gkd_dsl.runtime.data.errors import DataError
+from gkd_dsl.runtime.data.quiet import cache_folder, quiet
+from gkd_dsl.runtime.data.rows import Chosen
 
 VERSION = "1"
 DEFAULT_LENGTH = 128

@@ -10,17 +10,17 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from gkd_dsl.graph.nodes import AttrValue, SourceSpec, StageNode
+from gkd_dsl.models.info import Task
 from gkd_dsl.runtime.data.collate import Collator, collator_for, masking_for
 from gkd_dsl.runtime.data.encode import Encoded, encode, recipe_for
 from gkd_dsl.runtime.data.errors import DataError, named
 from gkd_dsl.runtime.data.quiet import quiet
 from gkd_dsl.runtime.data.rows import Chosen, choose, labels_map, split
 from gkd_dsl.runtime.data.table import Table, kind_of, read_table
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
-
-from gkd_dsl.graph.nodes import AttrValue, SourceSpec, StageNode
-from gkd_dsl.models.info import Task
 from gkd_dsl.sources import LabelMap, bind_source, task_of, used_columns
 
 # Epochs count from 0; held-out rows are masked as in an epoch that never comes.

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 import datasets
 import numpy as np
-from gkd_dsl.runtime.data.errors import DataError
-from gkd_dsl.runtime.data.table import Table, labels_of, texts_missing
 
 from gkd_dsl.graph.nodes import AttrValue
+from gkd_dsl.runtime.data.errors import DataError
+from gkd_dsl.runtime.data.table import Table, labels_of, texts_missing
 from gkd_dsl.sources import LabelMap, label_map
 
 

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from gkd_dsl.runtime.data.errors import DataError
-from gkd_dsl.runtime.data.quiet import cache_folder
 
 from gkd_dsl import extension
 from gkd_dsl.diagnostics.model import SpecError
 from gkd_dsl.graph.nodes import AttrValue, SourceSpec
+from gkd_dsl.runtime.data.errors import DataError
+from gkd_dsl.runtime.data.quiet import cache_folder
 from gkd_dsl.sources import SOURCES, ReadError, SourceKind, files_of, rows_of, source_kind, used_columns
 from gkd_dsl.syntax import ast
 

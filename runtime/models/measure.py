@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
-from gkd_dsl.runtime.models.load import _quiet, build
-from gkd_dsl.runtime.models.tapper import Tapper, configs_of
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from gkd_dsl.models.info import ModelInfo
 from gkd_dsl.models.taps import TapPath
+from gkd_dsl.runtime.models.load import _quiet, build
+from gkd_dsl.runtime.models.tapper import Tapper, configs_of
 from gkd_dsl.types import BATCH, LENGTH, Dim
 
 _SIZES = ((2, 7), (3, 11))

@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from gkd_dsl.runtime.models.attention import Recorder, recomputing, tapped
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -19,6 +18,7 @@ from gkd_dsl.models.errors import TapError, near_misses
 from gkd_dsl.models.info import ModelInfo
 from gkd_dsl.models.resolve import Hook, canonical, hook, unavailable
 from gkd_dsl.models.taps import TapPath
+from gkd_dsl.runtime.models.attention import Recorder, recomputing, tapped
 
 _Placed = tuple[list[tuple[nn.Module, str, int, list[TapPath]]], dict[nn.Module, dict[str, list[TapPath]]]]
 

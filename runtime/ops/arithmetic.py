@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
 from gkd_dsl.runtime.ops.common import full
 from gkd_dsl.runtime.ops.registry import function
-from torch import Tensor
 
 Operand = Tensor | float
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from gkd_dsl.runtime.ops.reduce import position_mask
 from torch import Tensor
+
+from gkd_dsl.runtime.ops.reduce import position_mask
 
 
 def full(x: Tensor) -> Tensor:

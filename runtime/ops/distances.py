@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from gkd_dsl.runtime.ops.common import default_dims, full, mask_for, on_rows, zero_where_not
-from gkd_dsl.runtime.ops.registry import function
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from gkd_dsl.runtime.ops.common import default_dims, full, mask_for, on_rows, zero_where_not
+from gkd_dsl.runtime.ops.registry import function
 
 
 def _cells(student: Tensor, dims: Sequence[str] | None) -> tuple[tuple[str, ...], bool]:

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from gkd_dsl.runtime.ops.common import full, mask_for, on_rows
 from gkd_dsl.runtime.ops.registry import function
-from torch import Tensor
 
 
 def expectation(p: Tensor, value: Tensor) -> Tensor:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from gkd_dsl.runtime.ops.registry import function
 from torch import Tensor
+
+from gkd_dsl.runtime.ops.registry import function
 
 
 @function("valid_tokens")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 
 import torch
+from torch import Tensor
+
 from gkd_dsl.runtime.ops.common import full
 from gkd_dsl.runtime.ops.registry import function
 from gkd_dsl.runtime.ops.tensors import merge_heads, split_heads
-from torch import Tensor
 
 
 def _products(a: Tensor, b: Tensor, divisor: float) -> Tensor:

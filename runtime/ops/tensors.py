@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from gkd_dsl.runtime.ops.common import full, mask_for, zero_where_not
 from gkd_dsl.runtime.ops.divergences import expectation, log_probs
 from gkd_dsl.runtime.ops.registry import function
-from torch import Tensor
 
 
 @function("softmax")

@@ -206,7 +206,7 @@ def test_memory_follows_batch_and_length() -> None:
     assert stage(graph, batch=2, length=3).live_bytes == 4 * (2 * 48 + 6)
     assert stage(graph, length=3).batch == 32
     limited = explain(checked(EXAMPLES / "sentence_encoder.gkd"), length=512).stages[0]
-    assert limited.length == 48
+    assert limited.length == 32
 
 
 def test_optimisers_in_words() -> None:

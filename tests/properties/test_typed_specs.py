@@ -1,14 +1,14 @@
 """Specs drawn at random: what the check accepts runs with the shapes that it said; a size disturbed, it refuses."""
 
 import torch
-from gkd_dsl.runtime.distiller import Distiller
-from gkd_dsl.runtime.models.load import load
 from hypothesis import given, note, settings
 from hypothesis import strategies as st
 from zoo import ROOT, Loss, Spec, pairs, specs
 
 from gkd_dsl.graph.passes import compile_plan
 from gkd_dsl.meaning.check import check_text
+from gkd_dsl.runtime.distiller import Distiller
+from gkd_dsl.runtime.models.load import load
 
 
 def codes(text: str, severity: str = "error") -> list[str]:

@@ -7,11 +7,11 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from gkd_dsl.runtime.run_folder import RunFolder
-from gkd_dsl.runtime.stages import Run as SpecRun
 from tiny_runs import Rows, infos, models, spec_of, stage_plan, with_metric
 
 from gkd_dsl.graph.nodes import EvaluateSpec, OptimSpec
+from gkd_dsl.runtime.run_folder import RunFolder
+from gkd_dsl.runtime.stages import Run as SpecRun
 from gkd_dsl.schedules import Span
 
 STEPS = 6 + 5

@@ -11,7 +11,6 @@ from pathlib import Path
 from tempfile import mkdtemp
 
 import torch
-from gkd_dsl.runtime.models.load import load
 
 from gkd_dsl.graph.nodes import (
     EvaluateSpec,
@@ -37,6 +36,7 @@ from gkd_dsl.graph.plan import (
 )
 from gkd_dsl.models.describe import describe, random_init
 from gkd_dsl.models.taps import TapPath
+from gkd_dsl.runtime.models.load import load
 from gkd_dsl.schedules import Constant, Ramp, Span
 from gkd_dsl.types import BATCH, LENGTH, LossType, TensorType
 

@@ -4,11 +4,6 @@ import copy
 
 import pytest
 import torch
-from gkd_dsl.runtime.backends.base import Settings
-from gkd_dsl.runtime.backends.local import LocalBackend, device_of
-from gkd_dsl.runtime.errors import RunError
-from gkd_dsl.runtime.optim import LearningRate, make_optimizer
-from gkd_dsl.runtime.step import StepModule
 from plans import LOSSES, batch, models, rows_of, stage_plan
 from transformers import (
     get_constant_schedule_with_warmup,
@@ -17,6 +12,11 @@ from transformers import (
 )
 
 from gkd_dsl.graph.nodes import OptimSpec
+from gkd_dsl.runtime.backends.base import Settings
+from gkd_dsl.runtime.backends.local import LocalBackend, device_of
+from gkd_dsl.runtime.errors import RunError
+from gkd_dsl.runtime.optim import LearningRate, make_optimizer
+from gkd_dsl.runtime.step import StepModule
 from gkd_dsl.schedules import Arithmetic, Clock, Constant, Ramp, Span
 
 CLOCK = Clock(3, 11, 11.0)

@@ -9,6 +9,10 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
+from plans import Data, info, models, spec, stage_plan
+from torch import nn
+from transformers import BertForMaskedLM
+
 from gkd_dsl.runtime import checkpoint, rng
 from gkd_dsl.runtime.checkpoint import Checkpoints, Position, State
 from gkd_dsl.runtime.errors import RunError
@@ -16,10 +20,6 @@ from gkd_dsl.runtime.fingerprint import fingerprint
 from gkd_dsl.runtime.models.load import config_of
 from gkd_dsl.runtime.run_folder import RunFolder
 from gkd_dsl.runtime.stages import Run
-from plans import Data, info, models, spec, stage_plan
-from torch import nn
-from transformers import BertForMaskedLM
-
 from gkd_dsl.schedules import Span
 
 

@@ -5,10 +5,11 @@ import json
 
 import pytest
 import torch
-from gkd_dsl.runtime import compare as room
-from gkd_dsl.runtime.compare import Comparison, Measure, compare, parameters, tensor_bytes
 from rich.console import Console
 from transformers import BertConfig, BertModel, DistilBertConfig, DistilBertModel
+
+from gkd_dsl.runtime import compare as room
+from gkd_dsl.runtime.compare import Comparison, Measure, compare, parameters, tensor_bytes
 
 
 def bert(layers, width=16):

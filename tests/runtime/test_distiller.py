@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from tiny_runs import START, batch_of, cut, infos, models, stage_plan
+
+from gkd_dsl.graph.nodes import OptimSpec
 from gkd_dsl.runtime.backends.local import LocalBackend
 from gkd_dsl.runtime.distiller import Distiller
 from gkd_dsl.runtime.errors import RunError
 from gkd_dsl.runtime.step import StepModule, make_projections
-from tiny_runs import START, batch_of, cut, infos, models, stage_plan
-
-from gkd_dsl.graph.nodes import OptimSpec
 from gkd_dsl.schedules import Clock
 
 

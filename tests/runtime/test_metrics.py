@@ -4,12 +4,13 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from gkd_dsl.runtime import metrics
-from gkd_dsl.runtime.metrics import make
-from gkd_dsl.runtime.ops.divergences import cross_entropy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
+
+from gkd_dsl.runtime import metrics
+from gkd_dsl.runtime.metrics import make
+from gkd_dsl.runtime.ops.divergences import cross_entropy
 
 
 def fed(name, batches, **attrs):

@@ -9,12 +9,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from gkd_dsl.runtime.errors import RunError, Stopped
-from gkd_dsl.runtime.run_folder import RunFolder
-from gkd_dsl.runtime.stages import Run
 from plans import Data, evaluating, models, spec, stage_plan, teaching_plan
 
 from gkd_dsl.graph.nodes import OptimSpec
+from gkd_dsl.runtime.errors import RunError, Stopped
+from gkd_dsl.runtime.run_folder import RunFolder
+from gkd_dsl.runtime.stages import Run
 from gkd_dsl.schedules import Span
 
 STEPS = Span(1, "steps")

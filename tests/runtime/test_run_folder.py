@@ -8,12 +8,6 @@ import weakref
 from dataclasses import replace
 
 import pytest
-from gkd_dsl.runtime.checkpoint import Position
-from gkd_dsl.runtime.logs import RunLog, evaluations
-from gkd_dsl.runtime.progress import Progress, duration
-from gkd_dsl.runtime.records import EvaluateRecord, StageRecord, StepRecord
-from gkd_dsl.runtime.run_folder import RunFolder
-from gkd_dsl.runtime.stages import Run as SpecRun
 from killable_run import make
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -21,6 +15,12 @@ from tiny_runs import LOGITS, Rows, infos, models, spec_of, stage_plan
 
 from gkd_dsl.graph.nodes import TrainTarget
 from gkd_dsl.graph.plan import Apply, Run
+from gkd_dsl.runtime.checkpoint import Position
+from gkd_dsl.runtime.logs import RunLog, evaluations
+from gkd_dsl.runtime.progress import Progress, duration
+from gkd_dsl.runtime.records import EvaluateRecord, StageRecord, StepRecord
+from gkd_dsl.runtime.run_folder import RunFolder
+from gkd_dsl.runtime.stages import Run as SpecRun
 from gkd_dsl.schedules import Constant, Span
 
 STAGE = StageRecord("main", 0, 1, 0, 20, ("soft",), ("acc",), 1234)

@@ -6,9 +6,9 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from gkd_dsl.runtime.step import StepModule, make_projections
 from plans import LOSSES, batch, models, stage_plan
 
+from gkd_dsl.runtime.step import StepModule, make_projections
 from gkd_dsl.schedules import Clock
 
 CLOCK = Clock(3, 11, 11.0)

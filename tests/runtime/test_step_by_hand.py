@@ -7,14 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from gkd_dsl.runtime.backends.local import LocalBackend
-from gkd_dsl.runtime.errors import RunError
-from gkd_dsl.runtime.extensions import load_extensions
-from gkd_dsl.runtime.step import StepModule, make_projections
 from tiny_runs import START, batch_of, cut, infos, models, stage_plan
 
 from gkd_dsl.graph.nodes import OptimSpec, ProjectNode, TrainTarget
 from gkd_dsl.graph.plan import Apply, Counted, Free, LossPlan
+from gkd_dsl.runtime.backends.local import LocalBackend
+from gkd_dsl.runtime.errors import RunError
+from gkd_dsl.runtime.extensions import load_extensions
+from gkd_dsl.runtime.step import StepModule, make_projections
 from gkd_dsl.schedules import Clock, Constant, Span, StepAt
 from gkd_dsl.types import BATCH, LENGTH, Dim, LossType, TensorType
 

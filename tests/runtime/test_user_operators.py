@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from gkd_dsl.runtime.errors import RunError
-from gkd_dsl.runtime.models.load import load
 
 import gkd_dsl
 from gkd_dsl.models.describe import random_init
+from gkd_dsl.runtime.errors import RunError
+from gkd_dsl.runtime.models.load import load
 
 OPS = """import gkd_dsl
 

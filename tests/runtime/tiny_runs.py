@@ -4,7 +4,6 @@ import json
 from dataclasses import replace
 
 import torch
-from gkd_dsl.runtime.models.load import load
 
 from gkd_dsl.graph.nodes import MetricNode, ModelNode, OptimSpec, ProjectNode, SourceSpec, StageNode, TrainTarget
 from gkd_dsl.graph.plan import (
@@ -21,6 +20,7 @@ from gkd_dsl.graph.plan import (
 )
 from gkd_dsl.models.describe import describe, random_init
 from gkd_dsl.models.taps import TapPath
+from gkd_dsl.runtime.models.load import load
 from gkd_dsl.schedules import Clock, Constant, Ramp, Span
 from gkd_dsl.types import BATCH, LENGTH, Dim, LossType, TensorType
 

@@ -10,12 +10,12 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from gkd_dsl.runtime.distiller import Distiller
-from gkd_dsl.runtime.models.load import load
 from torch import Tensor, nn
 
 from gkd_dsl.graph.passes import compile_plan
 from gkd_dsl.meaning.check import check_text
+from gkd_dsl.runtime.distiller import Distiller
+from gkd_dsl.runtime.models.load import load
 from gkd_dsl.schedules import Clock
 
 VOCABULARY, CLASSES, HEADS = 41, 3, 4

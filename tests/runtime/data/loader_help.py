@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from gkd_dsl.runtime.data import make_loader
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from gkd_dsl.graph.nodes import OptimSpec, SourceSpec, StageNode
+from gkd_dsl.runtime.data import make_loader
 from gkd_dsl.schedules import Span
 
 WORDS = [f"w{number}" for number in range(60)]

@@ -2,11 +2,11 @@
 
 import datasets
 import pytest
-from gkd_dsl.runtime.data import DataError
-from gkd_dsl.runtime.data.quiet import quiet
 from loader_help import labelled_file, loader_for, word_tokenizer
 
 from gkd_dsl import extension
+from gkd_dsl.runtime.data import DataError
+from gkd_dsl.runtime.data.quiet import quiet
 
 
 def error(tokenizer, folder, kind="csv", **rest):

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from gkd_dsl.runtime.data.collate import masking_for
 from loader_help import WORDS, loader_for, word_tokenizer
+
+from gkd_dsl.runtime.data.collate import masking_for
 
 SPECIAL = {0, 1, 2, 3, 4}
 

@@ -7,12 +7,12 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from gkd_dsl.runtime.data import make_loader, quiet
-from gkd_dsl.runtime.data.encode import processes_for, tokenizer_digest
 from loader_help import WORDS, labelled_file, loader_for, sentence, stage_of, word_tokenizer
 
 from gkd_dsl import extension
 from gkd_dsl.graph.nodes import SourceSpec
+from gkd_dsl.runtime.data import make_loader, quiet
+from gkd_dsl.runtime.data.encode import processes_for, tokenizer_digest
 
 ARGS = {"path": "a.csv", "label": "label"}
 

@@ -6,7 +6,6 @@ import shutil
 
 import pytest
 import torch
-from gkd_dsl.runtime.models.load import config_of, load, load_tokenizer, load_with_report
 from tiny_models import FAMILY_NAMES, build
 from transformers import AutoModelForSequenceClassification
 from transformers.utils import logging as hf_logging
@@ -15,6 +14,7 @@ from gkd_dsl.models.describe import describe, random_init, truncated
 from gkd_dsl.models.errors import ModelError
 from gkd_dsl.models.families import FAMILIES
 from gkd_dsl.models.tokenizer import read_vocabulary
+from gkd_dsl.runtime.models.load import config_of, load, load_tokenizer, load_with_report
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)

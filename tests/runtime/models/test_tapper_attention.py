@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
-from gkd_dsl.runtime.models import attention
-from gkd_dsl.runtime.models.attention import attend
 from tiny_models import FAMILY_NAMES, at_tokens
 
 from gkd_dsl.models.taps import TapPath
+from gkd_dsl.runtime.models import attention
+from gkd_dsl.runtime.models.attention import attend
 
 SCORES, PROBS = TapPath("layer", 1, "attn.scores"), TapPath("layer", 1, "attn.probs")
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from gkd_dsl.runtime.models.checkpointing import set_checkpointing
 from tiny_models import FAMILY_NAMES
 
 from gkd_dsl.models.errors import TapError
 from gkd_dsl.models.taps import TapPath
+from gkd_dsl.runtime.models.checkpointing import set_checkpointing
 
 PATHS = [
     TapPath("hidden", 0),

@@ -4,9 +4,6 @@ import json
 
 import pytest
 import torch
-from gkd_dsl.runtime.models.load import load, part_parameters
-from gkd_dsl.runtime.models.measure import module_dims
-from gkd_dsl.runtime.models.tapper import Tapper
 from tiny_models import CONFIGS, FAMILY_NAMES, build
 from transformers import AlbertConfig, AlbertForSequenceClassification
 from transformers.pytorch_utils import Conv1D
@@ -15,6 +12,9 @@ from gkd_dsl.models.describe import describe
 from gkd_dsl.models.errors import ModelError, TapError
 from gkd_dsl.models.resolve import part_modules, resolve_tap
 from gkd_dsl.models.taps import TapPath
+from gkd_dsl.runtime.models.load import load, part_parameters
+from gkd_dsl.runtime.models.measure import module_dims
+from gkd_dsl.runtime.models.tapper import Tapper
 from gkd_dsl.types import BATCH, LENGTH
 
 

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from gkd_dsl.runtime.models.load import load
-from gkd_dsl.runtime.models.tapper import Tapper
 
 from gkd_dsl.models.describe import describe, random_init
 from gkd_dsl.models.families import FAMILIES
 from gkd_dsl.models.info import ModelInfo
+from gkd_dsl.runtime.models.load import load
+from gkd_dsl.runtime.models.tapper import Tapper
 
 CONFIGS = json.loads((Path(__file__).parents[2] / "models" / "tiny.json").read_text())
 FAMILY_NAMES = list(CONFIGS)

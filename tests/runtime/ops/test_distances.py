@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from gkd_dsl.runtime.ops import distances as ops
-from gkd_dsl.runtime.ops.reduce import reduce_loss
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.distance import cosine
 from scipy.special import huber as scipy_huber
+
+from gkd_dsl.runtime.ops import distances as ops
+from gkd_dsl.runtime.ops.reduce import reduce_loss
 
 FEATURES = {
     "mse": ops.mse,

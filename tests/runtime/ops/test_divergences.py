@@ -4,13 +4,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from gkd_dsl.runtime.ops import divergences as ops
-from gkd_dsl.runtime.ops.reduce import reduce_loss
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import log_softmax, logsumexp
 from scipy.stats import entropy
 from torch.distributions import Categorical, kl_divergence
+
+from gkd_dsl.runtime.ops import divergences as ops
+from gkd_dsl.runtime.ops.reduce import reduce_loss
 
 PAIRS = {
     "soft_cross_entropy": ops.soft_cross_entropy,

@@ -4,14 +4,14 @@ import inspect
 
 import pytest
 import torch
-from gkd_dsl.runtime.metrics import make, metrics
-from gkd_dsl.runtime.ops.registry import apply, function, functions
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gkd_dsl.ops import registry
 from gkd_dsl.ops.signature import Slot
 from gkd_dsl.ops.typing import Typed, check_call
+from gkd_dsl.runtime.metrics import make, metrics
+from gkd_dsl.runtime.ops.registry import apply, function, functions
 from gkd_dsl.types import BATCH, LENGTH, Dim, LossType, TensorType
 
 OPERATORS = [spec for spec in registry.specs() if spec.kind != "metric"]

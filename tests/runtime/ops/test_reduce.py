@@ -3,11 +3,11 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from gkd_dsl.runtime.ops import distances, divergences
-from gkd_dsl.runtime.ops.reduce import count_positions, position_mask, reduce_loss
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gkd_dsl.runtime.ops import distances, divergences
+from gkd_dsl.runtime.ops.reduce import count_positions, position_mask, reduce_loss
 from gkd_dsl.types import BATCH, LENGTH, Dim
 
 HEADS = Dim("s.A", 3)

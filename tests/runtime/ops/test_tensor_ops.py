@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from gkd_dsl.runtime.ops import arithmetic, masks, relations, tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import special
 from scipy.stats import ortho_group
 from torch.distributions import Categorical
+
+from gkd_dsl.runtime.ops import arithmetic, masks, relations, tensors
 
 
 def randn(*shape, seed=0):
