@@ -17,10 +17,10 @@ from gkd_dsl.graph.plan import Apply, SpecPlan, StagePlan
 from gkd_dsl.meaning.check import Checked
 from gkd_dsl.meaning.resolved import resolved_text
 from gkd_dsl.runtime.compare import Comparison, compare
-from gkd_dsl.runtime.data import Loader
 from gkd_dsl.runtime.errors import CANNOT_RUN, RunError
 from gkd_dsl.runtime.export import export
 from gkd_dsl.runtime.logs import evaluations
+from gkd_dsl.runtime.loop import Loader
 from gkd_dsl.runtime.models.load import load_tokenizer
 from gkd_dsl.runtime.records import Listener
 from gkd_dsl.runtime.run_folder import RunFolder
@@ -118,10 +118,11 @@ def finish(
         exports[name] = export_model(checked, plan, run, name, target, metrics=_pairs(before.get(last.name, {}), after))
     comparison = None
     teacher = next((node.name for node in last.models if node.role == "teacher"), None)
-    if measure and teacher is not None and names:
+    held_out = _some(loader) if measure and teacher is not None and names else []
+    if teacher is not None and held_out:
         comparison = compare(
             {teacher: result.models[teacher], names[0]: result.models[names[0]]},
-            _some(loader),
+            held_out,
             metrics=_shown(before.get(last.name, {}), after),
             folders=_folders(plan, teacher, names[0], exports),
         )

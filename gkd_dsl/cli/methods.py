@@ -22,14 +22,14 @@ def methods(
     if name is None:
         found = library()
         if json:
-            typer.echo(_json([info.as_dict() for info in found]))
+            typer.echo(_json([each.as_dict() for each in found]))
             return
         from rich.console import Console
         from rich.table import Table
 
         table = Table("method", "title", "paper", "stages", "taps", box=None, pad_edge=False, header_style="bold")
-        for info in found:
-            table.add_row(info.name, info.title, f"{info.venue}, arXiv {info.arxiv}", info.stages, info.taps)
+        for each in found:
+            table.add_row(each.name, each.title, f"{each.venue}, arXiv {each.arxiv}", each.stages, each.taps)
         Console().print(table)
         typer.echo("\ngkd methods NAME shows one with its equation and parameters")
         return

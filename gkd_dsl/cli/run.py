@@ -98,14 +98,14 @@ def _report(result: Checked, outcome: Outcome, *, json: bool) -> None:
     if json:
         import json as json_
 
-        value = {
+        report = {
             "folder": str(outcome.folder),
             "exports": {name: str(path) for name, path in outcome.exports.items()},
             "metrics": {stage: dict(found) for stage, found in outcome.metrics.items()},
             "before": {stage: dict(found) for stage, found in outcome.before.items()},
             "comparison": outcome.comparison.to_json() if outcome.comparison is not None else None,
         }
-        typer.echo(json_.dumps(value, indent=2))
+        typer.echo(json_.dumps(report, indent=2))
         return
     from rich.console import Console
 
