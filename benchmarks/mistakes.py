@@ -483,7 +483,8 @@ def main() -> None:
             import textbrewer as _textbrewer  # noqa: F401
         warm = Script(matches=[hidden(2, 4)], criterion=pair("bert.encoder.layer.1", "bert.encoder.layer.3"))
         for tool in (textbrewer, modelopt):
-            assert attempt(tool, folder, warm).when == "not found"
+            control = attempt(tool, folder, warm)
+            assert control.when == "not found", control
         check(folder, 0, spec())
         for number, mistake in enumerate(mistakes()):
             found = (
@@ -495,8 +496,7 @@ def main() -> None:
             results.append((mistake, found))
             rows.append([mistake.title, *(shown(f).replace(str(folder) + "/", "") for f in found)])
             data[mistake.title] = {t: vars(f) for t, f in zip(("gkd-dsl", "TextBrewer", "ModelOpt"), found, strict=True)}
-        control = results[0][1]
-        assert all(f.when == "not found" for f in control), control
+        assert all(f.when == "not found" for f in results[0][1]), results[0][1]
     imports = import_times()
     count = [m for m, _ in results if m.title != "none (control)" and not m.title.startswith("legal")]
     planted = [f for m, f in results if m in count]

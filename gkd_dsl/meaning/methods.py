@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gkd_dsl.diagnostics import SpecError
+from gkd_dsl.diagnostics import Edit, Fix, SpecError
 from gkd_dsl.meaning import imports, parameters
 from gkd_dsl.meaning.context import Context, ResolvedParam, replace, suggest
 from gkd_dsl.meaning.scope import Definition, Scope
@@ -41,9 +41,27 @@ def surroundings(scope: Scope) -> Scope:
     return outer
 
 
+def _not_imported(ctx: Context, scope: Scope, decl: ast.Use) -> Value | None:
+    """A method of the library that is used without its import: the import is the fix."""
+    if not isinstance(decl.target, ast.Name) or scope.find(decl.target.id) is not None:
+        return None
+    name = decl.target.id
+    if name not in imports.library():
+        return None
+    source = decl.span.source
+    line = source.position(decl.span.start)[0]
+    start = decl.span.start - (source.position(decl.span.start)[1] - 1)
+    edit = Edit(Span(source, start, start), f'import "{imports.LIBRARY}{name}" use {name}\n')
+    fix = None if scope.uses or source.line(line)[:1].isspace() else Fix("import it from the library", (edit,))
+    return ctx.error(
+        scope, "E0203", f"nothing is called `{name}` here", decl.target.span, "a method of the library, not imported",
+        fix=fix,
+    )  # fmt: skip
+
+
 def use(ctx: Context, scope: Scope, decl: ast.Use) -> Value:
     """`use kd(t -> s, T = 4.0) as k`: the method's losses, projections, metrics and stages."""
-    target = ctx.evaluate(scope, decl.target)
+    target = _not_imported(ctx, scope, decl) or ctx.evaluate(scope, decl.target)
     if isinstance(target, Unknown):
         for arg in decl.args:
             if not isinstance(arg.value, ast.Arrow):

@@ -215,7 +215,7 @@ def _from_hub(location: str, bases: list[Path], *, offline: bool) -> Path:
     if offline:
         raise ModelError(
             f"{location} is not a folder, and not in the local hub cache",
-            f"fetch it once online (hf download {repo}) or unset HF_HUB_OFFLINE{also}",
+            f"fetch it once with `hf download {repo}`, or its config alone with `gkd check --online`{also}",
             near,
         )
     return _download(repo, revision or None, location, also, near)

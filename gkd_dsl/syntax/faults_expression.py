@@ -19,7 +19,8 @@ def foreign(f: Fault) -> Plan | None:
     if f.kind == "STAR" and not f.reader.can("STAR"):
         return _stars(f)
     if f.kind == "SLASH" and previous is not None and previous.type == "SLASH":
-        return _refuse(f, "there is no whole division", previous.start_pos, "`//` is not an operator")
+        hint = "a comment starts with `#`; there is no whole division"
+        return _refuse(f, hint, previous.start_pos, "`//` is not an operator")
     if f.word in ("if", "else", "elif") and f.line:
         return _refuse(f, words.FOREIGN["if"], None, f"there is no `{f.word}` in an expression")
     if previous is not None and str(previous) == "lambda":
