@@ -18,6 +18,7 @@ The first row is a control without a mistake: all must take it. The last rows ar
 from __future__ import annotations
 
 import csv
+import importlib
 import json
 import os
 import re
@@ -479,8 +480,8 @@ def main() -> None:
         write(folder)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            import modelopt.torch.distill  # noqa: F401
-            import textbrewer as _textbrewer  # noqa: F401
+            for library in ("modelopt.torch.distill", "textbrewer"):
+                importlib.import_module(library)
         warm = Script(matches=[hidden(2, 4)], criterion=pair("bert.encoder.layer.1", "bert.encoder.layer.3"))
         for tool in (textbrewer, modelopt):
             control = attempt(tool, folder, warm)

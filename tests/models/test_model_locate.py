@@ -3,6 +3,7 @@ import sys
 from pathlib import Path
 
 import huggingface_hub
+import huggingface_hub.constants
 import pytest
 from huggingface_hub import errors as hub
 
