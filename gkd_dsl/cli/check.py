@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import typer
 
-from gkd_dsl.cli.options import FAULT, Json, Online, Sets, Spec, Trust, checked, render_json, show
+from gkd_dsl.cli.options import FAULT, Json, Online, Sets, Spec, Trust, checked, show
+from gkd_dsl.diagnostics.render import render_json
 
 
 def check(spec: Spec, set_: Sets = None, json: Json = False, online: Online = False, trust: Trust = False) -> None:

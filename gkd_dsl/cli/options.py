@@ -8,10 +8,8 @@ from typing import Annotated, NoReturn
 import typer
 
 from gkd_dsl.diagnostics import Diagnostics
-from gkd_dsl.diagnostics.render import render_json, render_text
+from gkd_dsl.diagnostics.render import render_text
 from gkd_dsl.meaning.check import Checked, check_path
-from gkd_dsl.source import Source, Span
-from gkd_dsl.syntax import parse
 
 FAULT, USAGE = 1, 2
 
@@ -90,5 +88,3 @@ def require_ok(result: Checked) -> None:
     if not result.ok:
         raise typer.Exit(FAULT)
 
-
-__all__ = ["FAULT", "USAGE", "Source", "Span", "checked", "fail", "overrides", "parse", "render_json", "show"]
