@@ -1,10 +1,13 @@
 """Checkpoints: bit for bit, whole or not at all."""
 
+import errno
 import json
+import os
 import random
 import resource
 import signal
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -152,6 +155,22 @@ def test_a_write_that_the_system_refuses_leaves_the_last_one_whole(tmp_path, siz
     assert [path.name for path in store.folder.iterdir()] == ["main-1"]
     store.save(state(2, seed=2))
     assert store.pointed("last").name == "main-2"
+
+
+def test_a_checkpoint_that_cannot_take_its_name_leaves_the_last_one(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(state(step=2))
+    original = os.replace
+
+    def refuse(source, target):
+        if Path(target).name == "main-4":
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        original(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(RunError, match="read-only"):
+        checkpoints.save(state(step=4))
+    assert checkpoint.read(checkpoints.pointed("last")).position.step == 2
 
 
 def test_a_run_goes_on_after_the_disk_was_full(tmp_path):

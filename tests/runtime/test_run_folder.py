@@ -16,6 +16,7 @@ from tiny_runs import LOGITS, Rows, infos, models, spec_of, stage_plan
 from gkd_dsl.graph.nodes import TrainTarget
 from gkd_dsl.graph.plan import Apply, Run
 from gkd_dsl.runtime.checkpoint import Position
+from gkd_dsl.runtime.errors import RunError
 from gkd_dsl.runtime.logs import RunLog, evaluations
 from gkd_dsl.runtime.progress import Progress, duration
 from gkd_dsl.runtime.records import EvaluateRecord, StageRecord, StepRecord
@@ -208,3 +209,25 @@ def test_a_model_that_no_later_stage_reads_is_let_go(tmp_path):
     result = run.run()
     assert seen == [True, False]
     assert set(result.models) == {"s"}
+
+
+def test_a_run_folder_is_never_written_over(tmp_path):
+    first, second = (RunFolder.create("a spec", root=tmp_path / "runs") for _ in range(2))
+    assert first.path != second.path
+    assert second.path.name == f"{first.path.name}-2"
+    (first.path / "spec.gkd").write_text("gkd 1\n")
+    with pytest.raises(RunError, match="--resume"):
+        RunFolder.create("a spec", out=first.path)
+    assert (first.path / "spec.gkd").read_text() == "gkd 1\n"
+
+
+def test_a_folder_that_cannot_be_made_is_an_error_in_words(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError) as caught:
+        RunFolder.create("run", root=tmp_path / "file" / "runs")
+    assert caught.value.code == "E0804"
+    with pytest.raises(RunError, match="there is no run folder"):
+        RunFolder.open(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(RunError, match="holds no run"):
+        RunFolder.open(tmp_path / "empty")
