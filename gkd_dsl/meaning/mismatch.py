@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from gkd_dsl.diagnostics import Edit, Fix, Label
 from gkd_dsl.meaning.context import Context, replace
 from gkd_dsl.meaning.scope import Scope
-from gkd_dsl.meaning.values import Length, Tensor, Value, kind
+from gkd_dsl.meaning.values import Block, Length, Tensor, Value, kind
 from gkd_dsl.ops.registry import OpSpec
 from gkd_dsl.ops.typing import Mismatch
 from gkd_dsl.source import Span
@@ -200,8 +200,15 @@ def _trim(expr: ast.Expr) -> Fix | None:
 
 
 def _projection(ctx: Context, scope: Scope, first: Dim, second: Dim, side: Span) -> Fix | None:
-    """Declare a projection above the statement and pipe the student's side through it."""
-    if scope.uses or not re.fullmatch(r"\w+\.\w+", first.name) or not re.fullmatch(r"\w+\.\w+", second.name):
+    """Pipe the student's side through a declared projection that fits, else declare one above the statement."""
+    if scope.uses:
+        return None
+    for definition in scope.visible():
+        block = definition.value
+        if isinstance(block, Block) and block.in_dim.agrees(first) and block.out_dim.agrees(second):
+            edit = Edit(Span(side.source, side.end, side.end), f" |> {definition.name}")
+            return Fix(f"project the student's side by `{definition.name}`", (edit,))
+    if not re.fullmatch(r"\w+\.\w+", first.name) or not re.fullmatch(r"\w+\.\w+", second.name):
         return None
     taken = {definition.name for definition in scope.visible()}
     name = next(n for n in ("W", *(f"W{k}" for k in range(2, 100))) if n not in taken)
