@@ -88,16 +88,27 @@ class Mistake:
     say: str = ""
 
 
-def spec(body: str = "loss soft = kl(s.logits <- t.logits, temperature = 4.0)", minimize: str = "minimize soft",
-         stage: str = "optim = adamw(lr = 1e-4)", data: str = CSV, **names: str) -> str:  # fmt: skip
+def spec(
+    body: str = "loss soft = kl(s.logits <- t.logits, temperature = 4.0)",
+    minimize: str = "minimize soft",
+    stage: str = "optim = adamw(lr = 1e-4)",
+    data: str = CSV,
+    **names: str,
+) -> str:
     """A spec from its changing parts."""
     parts = {"teacher": "teacher", "student": "student", "teacher_options": "", "student_options": ""} | names
     return HEAD.format(body=body, minimize=minimize, stage=stage, data=data, **parts)
 
 
 def hidden(student: int, teacher: int, **more: Any) -> dict[str, Any]:
-    match = {"layer_S": student, "layer_T": teacher, "feature": "hidden", "loss": "hidden_mse", "weight": 1,
-             "proj": ["linear", 24, 32]}  # fmt: skip
+    match = {
+        "layer_S": student,
+        "layer_T": teacher,
+        "feature": "hidden",
+        "loss": "hidden_mse",
+        "weight": 1,
+        "proj": ["linear", 24, 32],
+    }
     return match | more
 
 
@@ -114,67 +125,134 @@ def mistakes() -> list[Mistake]:
     inner = ("bert.encoder.layer.1.attention.self", "bert.encoder.layer.3.attention.self")
     mapped = project + "loss hid = mse(s.layer[1].out |> W <- t.layer[3].out)"
     return [
-        Mistake("none (control)", spec(mapped, "minimize hid"),
-                Script(matches=[hidden(2, 4)], criterion=pair(block(1), block(3)))),
-        Mistake("a layer that the student does not have",
-                spec(project + "loss hid = mse(s.layer[2].out |> W <- t.layer[3].out)", "minimize hid"),
-                Script(matches=[hidden(3, 4)], criterion=pair(block(2), block(3)))),
-        Mistake("hidden sizes 24 and 32, no projection",
-                spec("loss hid = mse(s.layer[1].out <- t.layer[3].out)", "minimize hid"),
-                Script(matches=[hidden(2, 4, proj=None)], criterion=pair(block(1), block(3), "plain"))),
-        Mistake("attention maps of 2 and 4 heads", spec(attention, "minimize att"),
-                Script(matches=[match], criterion=pair(*inner, "maps"), eager=True)),
-        Mistake("vocabularies of 60 and 64 (padded)",
-                spec(teacher="teacher_mlm", student="student_mlm", data='text("lines.txt")'),
-                Script(teacher="teacher_mlm", student="student_mlm", kind="AutoModelForMaskedLM", rows="lines.csv")),
-        Mistake("tokenizers that give other ids, vocabularies of one size", spec(teacher="other_tokenizer"),
-                Script(teacher="other_tokenizer")),
-        Mistake("a teacher with 1 class, a student with 2",
-                spec(teacher_options=", num_labels = 1"), Script(labels=(1, 2))),
-        Mistake("a teacher with 3 classes, a student with 2",
-                spec(teacher_options=", num_labels = 3"), Script(labels=(3, 2))),
-        Mistake("labels 0, 1, 2 in the data, 2 classes",
-                spec("loss hard = cross_entropy(s.logits, batch.labels)\nloss soft = kl(s.logits <- t.logits)",
-                     "minimize hard + soft", data='csv("three.csv", text = "text", label = "label")'),
-                Script(hard=True, rows="three.csv", config={"hard_label_weight": 1})),
-        Mistake("a misspelt tap",
-                spec(project + "loss hid = mse(s.layre[1].out |> W <- t.layer[3].out)", "minimize hid"),
-                Script(matches=[hidden(2, 4, feature="hiden")], criterion=pair("bert.encoder.layre.1", block(3)))),
-        Mistake("a misspelt loss",
-                spec(project + "loss hid = msee(s.layer[1].out |> W <- t.layer[3].out)", "minimize hid"),
-                Script(matches=[hidden(2, 4, loss="hidden_msee")],
-                       criterion=pair(block(1), block(3), "misspelt"))),
-        Mistake("a misspelt argument", spec("loss soft = kl(s.logits <- t.logits, temprature = 4.0)"),
-                Script(config={"temprature": 4.0}, logits={"temprature": 4.0})),
-        Mistake("logits of a model without a head", spec(student="headless"),
-                Script(student="headless", student_kind="AutoModel")),
-        Mistake("teacher and student the wrong way round", spec("loss soft = kl(t.logits <- s.logits)"),
-                Script(swapped=True)),
-        Mistake("a warm-up of 0.06 where steps belong", spec(stage="optim = adamw(lr = 1e-4, warmup = 0.06)"),
-                Script(warmup=0.06)),
-        Mistake("temperature 0", spec("loss soft = kl(s.logits <- t.logits, temperature = 0.0)"),
-                Script(config={"temperature": 0.0}, logits={"temperature": 0.0})),
-        Mistake("a column that the data does not have",
-                spec(data='csv("rows.csv", text = "sentence", label = "label")'), Script(column="sentence")),
-        Mistake("one of two terms reaches nothing that is trained",
-                spec("loss soft = kl(s.logits <- t.logits)\nloss emb = mse(s.embed <- t.embed)", "minimize soft + emb",
-                     stage="train s.layer[1]", student="twin"),
-                Script(student="twin", matches=[hidden(0, 0, proj=None)], train_only="bert.encoder.layer.1",
-                       criterion=lambda tools: {("classifier", "classifier"): tools.logits(),
-                                                ("bert.embeddings", "bert.embeddings"): tools.plain()})),
+        Mistake(
+            "none (control)",
+            spec(mapped, "minimize hid"),
+            Script(matches=[hidden(2, 4)], criterion=pair(block(1), block(3))),
+        ),
+        Mistake(
+            "a layer that the student does not have",
+            spec(project + "loss hid = mse(s.layer[2].out |> W <- t.layer[3].out)", "minimize hid"),
+            Script(matches=[hidden(3, 4)], criterion=pair(block(2), block(3))),
+        ),
+        Mistake(
+            "hidden sizes 24 and 32, no projection",
+            spec("loss hid = mse(s.layer[1].out <- t.layer[3].out)", "minimize hid"),
+            Script(matches=[hidden(2, 4, proj=None)], criterion=pair(block(1), block(3), "plain")),
+        ),
+        Mistake(
+            "attention maps of 2 and 4 heads",
+            spec(attention, "minimize att"),
+            Script(matches=[match], criterion=pair(*inner, "maps"), eager=True),
+        ),
+        Mistake(
+            "vocabularies of 60 and 64 (padded)",
+            spec(teacher="teacher_mlm", student="student_mlm", data='text("lines.txt")'),
+            Script(teacher="teacher_mlm", student="student_mlm", kind="AutoModelForMaskedLM", rows="lines.csv"),
+        ),
+        Mistake(
+            "tokenizers that give other ids, vocabularies of one size",
+            spec(teacher="other_tokenizer"),
+            Script(teacher="other_tokenizer"),
+        ),
+        Mistake(
+            "a teacher with 1 class, a student with 2", spec(teacher_options=", num_labels = 1"), Script(labels=(1, 2))
+        ),
+        Mistake(
+            "a teacher with 3 classes, a student with 2",
+            spec(teacher_options=", num_labels = 3"),
+            Script(labels=(3, 2)),
+        ),
+        Mistake(
+            "labels 0, 1, 2 in the data, 2 classes",
+            spec(
+                "loss hard = cross_entropy(s.logits, batch.labels)\nloss soft = kl(s.logits <- t.logits)",
+                "minimize hard + soft",
+                data='csv("three.csv", text = "text", label = "label")',
+            ),
+            Script(hard=True, rows="three.csv", config={"hard_label_weight": 1}),
+        ),
+        Mistake(
+            "a misspelt tap",
+            spec(project + "loss hid = mse(s.layre[1].out |> W <- t.layer[3].out)", "minimize hid"),
+            Script(matches=[hidden(2, 4, feature="hiden")], criterion=pair("bert.encoder.layre.1", block(3))),
+        ),
+        Mistake(
+            "a misspelt loss",
+            spec(project + "loss hid = msee(s.layer[1].out |> W <- t.layer[3].out)", "minimize hid"),
+            Script(matches=[hidden(2, 4, loss="hidden_msee")], criterion=pair(block(1), block(3), "misspelt")),
+        ),
+        Mistake(
+            "a misspelt argument",
+            spec("loss soft = kl(s.logits <- t.logits, temprature = 4.0)"),
+            Script(config={"temprature": 4.0}, logits={"temprature": 4.0}),
+        ),
+        Mistake(
+            "logits of a model without a head",
+            spec(student="headless"),
+            Script(student="headless", student_kind="AutoModel"),
+        ),
+        Mistake(
+            "teacher and student the wrong way round",
+            spec("loss soft = kl(t.logits <- s.logits)"),
+            Script(swapped=True),
+        ),
+        Mistake(
+            "a warm-up of 0.06 where steps belong",
+            spec(stage="optim = adamw(lr = 1e-4, warmup = 0.06)"),
+            Script(warmup=0.06),
+        ),
+        Mistake(
+            "temperature 0",
+            spec("loss soft = kl(s.logits <- t.logits, temperature = 0.0)"),
+            Script(config={"temperature": 0.0}, logits={"temperature": 0.0}),
+        ),
+        Mistake(
+            "a column that the data does not have",
+            spec(data='csv("rows.csv", text = "sentence", label = "label")'),
+            Script(column="sentence"),
+        ),
+        Mistake(
+            "one of two terms reaches nothing that is trained",
+            spec(
+                "loss soft = kl(s.logits <- t.logits)\nloss emb = mse(s.embed <- t.embed)",
+                "minimize soft + emb",
+                stage="train s.layer[1]",
+                student="twin",
+            ),
+            Script(
+                student="twin",
+                matches=[hidden(0, 0, proj=None)],
+                train_only="bert.encoder.layer.1",
+                criterion=lambda tools: {
+                    ("classifier", "classifier"): tools.logits(),
+                    ("bert.embeddings", "bert.embeddings"): tools.plain(),
+                },
+            ),
+        ),
         Mistake("a model folder that is not there", spec(teacher="teachr"), Script(teacher="teachr")),
-        Mistake("legal: the layers mapped in reverse",
-                spec("project W[i] = linear(s.H -> t.H)\nloss hid = sum(mse(s.layer[i].out |> W[i] <- t.layer[j].out) "
-                     "for (i, j) in [(0, 3), (1, 1)])", "minimize hid"),
-                Script(matches=[hidden(1, 4), hidden(2, 2)],
-                       criterion=lambda tools: {(block(0), block(3)): tools.hidden(), (block(1), block(1)): tools.hidden()})),
+        Mistake(
+            "legal: the layers mapped in reverse",
+            spec(
+                "project W[i] = linear(s.H -> t.H)\nloss hid = sum(mse(s.layer[i].out |> W[i] <- t.layer[j].out) "
+                "for (i, j) in [[0, 3], [1, 1]])",
+                "minimize hid",
+            ),
+            Script(
+                matches=[hidden(1, 4), hidden(2, 2)],
+                criterion=lambda tools: {(block(0), block(3)): tools.hidden(), (block(1), block(1)): tools.hidden()},
+            ),
+        ),
         Mistake("legal: a learning rate of 0.9 for 0.00009", spec(stage="optim = adamw(lr = 0.9)"), Script(rate=0.9)),
-    ]  # fmt: skip
+    ]
 
 
 # ---- models and data ------------------------------------------------------------------------------------------------
 
-WORDS = "a the film plot cast is it and warm funny dull great good bad too long was old new well made".split()
+WORDS = (
+    *("a", "the", "film", "plot", "cast", "is", "it", "and", "warm", "funny", "dull", "great"),
+    *("good", "bad", "too", "long", "was", "old", "new", "well", "made"),
+)
 
 
 def write(folder: Path) -> None:
@@ -185,11 +263,17 @@ def write(folder: Path) -> None:
     torch.manual_seed(0)
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
-    def save(name: str, kind: Any, layers: int, hidden: int, heads: int, vocabulary: int = 64, turned: bool = False) -> None:
+    def save(
+        name: str, kind: Any, layers: int, hidden: int, heads: int, vocabulary: int = 64, turned: bool = False
+    ) -> None:
         config = BertConfig(
-            vocab_size=vocabulary, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
-            intermediate_size=2 * hidden, max_position_embeddings=64,
-        )  # fmt: skip
+            vocab_size=vocabulary,
+            hidden_size=hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            intermediate_size=2 * hidden,
+            max_position_embeddings=64,
+        )
         kind(config).save_pretrained(folder / name)
         words = special + (WORDS[::-1] if turned else WORDS)
         (folder / name / "vocab.txt").write_text("\n".join(words) + "\n")
@@ -233,7 +317,7 @@ class Tools:
     def logits(self) -> Any:
         import modelopt.torch.distill as mtd
 
-        return mtd.LogitsDistillationLoss(**({"temperature": 4.0} | self._logits))
+        return mtd.LogitsDistillationLoss(**({"temperature": 4.0, "reduction": "batchmean"} | self._logits))
 
     def plain(self) -> Any:
         return _criterion(None)
@@ -340,7 +424,9 @@ def textbrewer(run: Run) -> float:
 
     sides = (student, teacher) if script.swapped else (teacher, student)
     with tempfile.TemporaryDirectory() as output:
-        distiller = tb.GeneralDistiller(tb.TrainingConfig(device="cpu", output_dir=output, ckpt_steps=10**6), config, *sides, adaptor, adaptor)
+        distiller = tb.GeneralDistiller(
+            tb.TrainingConfig(device="cpu", output_dir=output, ckpt_steps=10**6), config, *sides, adaptor, adaptor
+        )
         optimizer = torch.optim.AdamW(student.parameters(), lr=script.rate)
         batches = run.batches(labels=script.hard)
         last = [0.0]
@@ -361,10 +447,15 @@ def textbrewer(run: Run) -> float:
         asked = {"output_hidden_states": True} | ({"output_attentions": True} if script.eager else {})
         with distiller:
             distiller.train(
-                optimizer, batches, num_steps=STEPS, batch_postprocessor=watch, callback=None,
+                optimizer,
+                batches,
+                num_steps=STEPS,
+                batch_postprocessor=watch,
+                callback=None,
                 scheduler_class=get_linear_schedule_with_warmup,
-                scheduler_args={"num_warmup_steps": script.warmup, "num_training_steps": STEPS}, **asked,
-            )  # fmt: skip
+                scheduler_args={"num_warmup_steps": script.warmup, "num_training_steps": STEPS},
+                **asked,
+            )
     return last[0]
 
 
@@ -380,7 +471,11 @@ def modelopt(run: Run) -> float:
     criterion = script.criterion(tools) if script.criterion is not None else tools.logits()
     several = isinstance(criterion, dict) or script.hard
     if not isinstance(criterion, dict) and script.student_kind is None:
-        criterion = {("classifier", "classifier"): criterion} if "MLM" not in script.kind and "Masked" not in script.kind else {("cls", "cls"): criterion}
+        criterion = (
+            {("classifier", "classifier"): criterion}
+            if "MLM" not in script.kind and "Masked" not in script.kind
+            else {("cls", "cls"): criterion}
+        )
     teacher, student = run.models()
     run.phase = "set-up"
     if script.swapped:
@@ -418,11 +513,13 @@ def attempt(tool: Callable[[Run], float], folder: Path, script: Script) -> Found
             last = tool(run)
         except Exception as error:  # what a user would see, whatever it is
             spent = time.perf_counter() - start
-            lines = [line for line in str(error).splitlines() if line.strip()]
-            return Found(run.phase, spent, f"{type(error).__name__}: {lines[0].strip() if lines else '(no message)'}")
-    said = [str(w.message).splitlines()[0] for w in heard if issubclass(w.category, UserWarning)
-            and ("size" in str(w.message) or "class" in str(w.message).lower())]  # fmt: skip
-    return Found("not found", None, "", f"loss {last:.4g} after {STEPS} steps" + (f"; warns: {said[0][:90]}" if said else ""))
+            line = next((line.strip() for line in str(error).splitlines() if line.strip()), "(no message)")
+            line = line.replace(f"{folder}/", "")
+            return Found(run.phase, spent, f"{type(error).__name__}: {line}")
+    said = [str(w.message).splitlines()[0] for w in heard if "target size" in str(w.message)]
+    return Found(
+        "not found", None, "", f"loss {last:.4g} after {STEPS} steps" + (f"; warns: {said[0][:90]}" if said else "")
+    )
 
 
 def check(folder: Path, number: int, text: str) -> Found:
@@ -452,14 +549,13 @@ def import_times() -> dict[str, float]:
     return found
 
 
-ORDER = ("check", "configuration", "loading", "set-up", "data")
-
-
 def shown(found: Found) -> str:
     """A cell of the table."""
     if found.when == "not found":
         return "not found" + (f" ({found.note})" if found.note else "")
-    return f"{found.when}, {found.seconds:.2f} s: `{found.says[:150]}`".replace("|", "\\|")
+    says = found.says[:150].replace("|", "\\|")
+    quoted = f"`` {says} ``" if "`" in says else f"`{says}`"
+    return f"{found.when}, {found.seconds:.2f} s: {quoted}"
 
 
 def main() -> None:
@@ -495,8 +591,10 @@ def main() -> None:
             )
             print(mistake.title, "|", " | ".join(shown(f) for f in found), flush=True)
             results.append((mistake, found))
-            rows.append([mistake.title, *(shown(f).replace(str(folder) + "/", "") for f in found)])
-            data[mistake.title] = {t: vars(f) for t, f in zip(("gkd-dsl", "TextBrewer", "ModelOpt"), found, strict=True)}
+            rows.append([mistake.title, *(shown(f) for f in found)])
+            data[mistake.title] = {
+                t: vars(f) for t, f in zip(("gkd-dsl", "TextBrewer", "ModelOpt"), found, strict=True)
+            }
         assert all(f.when == "not found" for f in results[0][1]), results[0][1]
     imports = import_times()
     count = [m for m, _ in results if m.title != "none (control)" and not m.title.startswith("legal")]
@@ -504,19 +602,33 @@ def main() -> None:
     totals = []
     for index, tool_name in enumerate(("gkd-dsl", "TextBrewer", "ModelOpt")):
         when = [f[index].when for f in planted]
-        totals.append([
-            tool_name, sum(w in ("check", "configuration") for w in when), sum(w in ("loading", "set-up", "data") for w in when),
-            sum(w.startswith("step") for w in when), sum(w == "not found" for w in when),
-        ])  # fmt: skip
-    header = ["tool", "before a model is loaded", "while loading, setting up, reading data", "in a training step", "not found"]
+        totals.append(
+            [
+                tool_name,
+                sum(w in ("check", "configuration") for w in when),
+                sum(w in ("loading", "set-up", "data") for w in when),
+                sum(w.startswith("step") for w in when),
+                sum(w == "not found" for w in when),
+            ]
+        )
+    header = [
+        "tool",
+        "before a model is loaded",
+        "while loading, setting up, reading data",
+        "in a training step",
+        "not found",
+    ]
     summary = table(header, totals)
     full = table(["mistake", "gkd-dsl: `gkd check`", "TextBrewer", "ModelOpt"], rows)
     notes = (
         f"Of {len(count)} planted mistakes. Imports take TextBrewer {imports['TextBrewer']:.1f} s and ModelOpt "
-        f"{imports['ModelOpt']:.1f} s more, which is not in their times; the time of gkd-dsl is that of a whole process."
+        f"{imports['ModelOpt']:.1f} s more, which is not in their times; that of gkd-dsl is of a whole process."
     )
-    settings = {"models": "BERT, 4 x 32 and 2 x 24, saved to a folder; `not found` means 20 steps without an exception",
-                "seed": 0, "repeats": 1}  # fmt: skip
+    settings = {
+        "models": "BERT, 4 x 32 and 2 x 24, saved to a folder; `not found` means 20 steps without an exception",
+        "seed": 0,
+        "repeats": 1,
+    }
     body = f"## Count\n\n{summary}\n\n{notes}\n\n## Each\n\n{full}"
     data = {"cases": data, "counts": totals, "import_seconds": imports}
     report("mistakes", options.out, "Planted mistakes", settings, body, data, quick=options.quick)
@@ -527,8 +639,11 @@ def main() -> None:
 
 def page(summary: str, notes: str, full: str) -> str:
     """The page of the documentation."""
-    where = json.loads((ROOT / "benchmarks" / "results" / "mistakes.json").read_text())["machine"]["date"] if (
-        ROOT / "benchmarks" / "results" / "mistakes.json").exists() else ""  # fmt: skip
+    where = (
+        json.loads((ROOT / "benchmarks" / "results" / "mistakes.json").read_text())["machine"]["date"]
+        if (ROOT / "benchmarks" / "results" / "mistakes.json").exists()
+        else ""
+    )
     return f"""# Where mistakes are found
 
 The same mistakes, planted in a spec and in scripts for TextBrewer and ModelOpt, the two installable tools that match

@@ -96,8 +96,11 @@ def table(rows: list[dict[str, float]], machine: dict[str, object], data: str) -
     lines.append("| mean | " + " | ".join(f"**{100 * mean:.2f} %**" for mean in means) + " |")
     lines.append("| standard deviation | " + " | ".join(f"{100 * spread:.2f}" for spread in spreads) + " |")
     gains = [100 * (row["distilled"] - row["alone"]) for row in rows]
-    lines += ["", f"Distilled less alone, by seed: {', '.join(f'{gain:+.2f}' for gain in gains)} points "
-              f"(mean {statistics.mean(gains):+.2f})."]  # fmt: skip
+    lines += [
+        "",
+        f"Distilled less alone, by seed: {', '.join(f'{gain:+.2f}' for gain in gains)} points "
+        f"(mean {statistics.mean(gains):+.2f}).",
+    ]
     return "\n".join(lines) + "\n"
 
 

@@ -67,15 +67,16 @@ def main() -> None:
     with torch.no_grad():
         alone = in_turn(
             {"whole": lambda: teacher.bert(**made.batch), "stopped": lambda: teachers.taps(forward, made.batch)},
-            options.rounds, options.warmup,
-        )  # fmt: skip
+            options.rounds,
+            options.warmup,
+        )
     share = quartiles(ratios(alone, "stopped", "whole"))
     data["forward"] = {"times": alone, "stopped_over_whole": share}
     body = table(["", "seconds a step", "over the bare sum", "gkd-dsl over it"], rows)
     body += (
         f"\n\nThe teacher's forward alone: whole {spread(quartiles(alone['whole']))} s, stopped after "
         f"`t.{forward.stop_after}` {spread(quartiles(alone['stopped']))} s, a share of {spread(share)}."
-        "\n\nMedian and quartiles. The bare sum is the whole teacher's forward, the student's forward and backward, and "
+        "\n\nMedian, quartiles. The bare sum is the whole teacher's forward, the student's forward and backward, and "
         f"the optimiser. Losses agree to {max(row['loss_difference'] for row in equal):.0e}, gradients of the student "
         f"to {max(row['gradient_difference'] for row in equal):.0e}."
     )
@@ -84,10 +85,19 @@ def main() -> None:
     settings = {
         "setting": "fp32, dropout off, AdamW, no clipping; every contestant with its own copy of the models"
         + (" (miniature models: a smoke run, not a measurement)" if options.quick else ""),
-        "threads": options.threads, "seed": options.seed,
+        "threads": options.threads,
+        "seed": options.seed,
         "repeats": f"{options.rounds} steps each after {options.warmup}, taking turns",
-    }  # fmt: skip
-    report("truncated_teacher", options.out, "A teacher of which six layers are needed", settings, body, data, quick=options.quick)  # fmt: skip
+    }
+    report(
+        "truncated_teacher",
+        options.out,
+        "A teacher of which six layers are needed",
+        settings,
+        body,
+        data,
+        quick=options.quick,
+    )
 
 
 if __name__ == "__main__":

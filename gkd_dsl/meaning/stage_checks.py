@@ -11,6 +11,7 @@ from gkd_dsl.diagnostics import Edit, Fix, Label
 from gkd_dsl.graph.nodes import BatchNode, ForwardNode, OpNode, ProjectNode, SourceSpec, StageNode, TrainTarget
 from gkd_dsl.meaning import mismatch
 from gkd_dsl.meaning.context import Context
+from gkd_dsl.meaning.reach import misses
 from gkd_dsl.meaning.scope import Scope
 from gkd_dsl.meaning.training import Training
 from gkd_dsl.meaning.values import Model, NamedLoss
@@ -41,12 +42,16 @@ def reach(
                     "it is not computed",
                 )  # fmt: skip
             continue
-        if any(trained.trains(name) for name in loss.carries):
+        short = misses(ctx, loss.key, trained)
+        if any(trained.trains(name) for name in loss.carries) and not short:
             continue
         teachers = [name for name in sorted(loss.carries) if name in ctx.models]
         notes: list[str] = []
         fix = None
-        if teachers and not trained.said:
+        if short and any(trained.trains(tap.model) for tap in short):
+            ends = ", ".join(dict.fromkeys(f"`{tap.model}.{tap.path}`" for tap in short))
+            notes = [f"its gradient ends at {ends}, before the parts that this stage trains"]
+        elif teachers and not trained.said:
             name = teachers[0]
             notes = [f"`{name}` is a teacher, which is not trained unless the stage says so"]
             fix = _train(minimize, name)

@@ -62,4 +62,4 @@ def test_a_frozen_part_counts_as_not_trained() -> None:
 def test_the_note_names_where_the_gradient_ends() -> None:
     loss = PROJECT + "loss one = mse(s.layer[0].out |> W <- t.final)\n"
     found = check(spec(SOFT + loss + stage("train s.layer[2]\nminimize soft + one"))).diagnostics
-    assert any("`s.hidden[1]`" in note for diagnostic in found for note in diagnostic.notes)
+    assert any("`s.hidden[1]`" in note.text for diagnostic in found for note in diagnostic.notes)
