@@ -275,7 +275,7 @@ def write(folder: Path) -> None:
             max_position_embeddings=64,
         )
         kind(config).save_pretrained(folder / name)
-        words = special + (WORDS[::-1] if turned else WORDS)
+        words = [*special, *(WORDS[::-1] if turned else WORDS)]
         (folder / name / "vocab.txt").write_text("\n".join(words) + "\n")
         BertTokenizer(str(folder / name / "vocab.txt")).save_pretrained(folder / name)
 
