@@ -646,8 +646,9 @@ def page(summary: str, notes: str, full: str) -> str:
     )
     return f"""# Where mistakes are found
 
-The same mistakes, planted in a spec and in scripts for TextBrewer and ModelOpt, the two installable tools that match
-hidden states of transformers models. Written by `benchmarks/mistakes.py` ({where}); the scripts are in that file.
+The same mistakes, planted in a spec and in scripts for TextBrewer and ModelOpt: two tools that match hidden states of
+transformers models and install beside current releases of torch. TRL is not in the table, since it compares logits
+only. Written by `benchmarks/mistakes.py` ({where}); the scripts are in that file.
 
 {summary}
 
@@ -679,8 +680,8 @@ on the wrong side is still a model.
 
 The rows marked legal. A map that pairs the wrong layers, or a learning rate that is merely far too large, is a valid
 spec; so is a data file whose labels are wrong. `gkd explain` prints the map and the weights for a person to look at.
-A check reads configs, tokenizer files and the head of data files, not weights: a checkpoint whose tensors differ
-from its config is found when it is loaded.
+A check reads configs, tokenizer files and data files, not weights: a checkpoint whose tensors differ from its config
+is found when it is loaded.
 
 ## All of them
 
