@@ -23,7 +23,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import in_turn, parser, quartiles, ratios, report, spread, table
+from common import in_turn, keep_memory, parser, quartiles, ratios, report, spread, table
 from contestants import Bare, Contestant, Hooks, ModelOpt, Ours, Outputs, Setup, Task, TextBrewer, agree, setup
 
 PAIRS = ((0, 0), (1, 3), (2, 6), (3, 9), (4, 12))
@@ -190,6 +190,7 @@ def main() -> None:
     options = made.parse_args()
     if options.quick:
         options.rounds, options.warmup = 5, 2
+    keep_memory()
     torch.set_num_threads(options.threads)
     titles = {
         "hidden": "KL and five hidden terms",
@@ -207,7 +208,7 @@ def main() -> None:
             f"loop with hand-placed hooks (asserted to be at most {TOLERANCE:.0e} and {10 * TOLERANCE:.0e})."
         )
     settings = {
-        "setting": "fp32, dropout off, AdamW, no clipping; every contestant with its own copy of the models"
+        "setting": "fp32, dropout off, AdamW, no clipping; memory kept by the allocator; every contestant with its own copy of the models"
         + (" (miniature models: a smoke run, not a measurement)" if options.quick else ""),
         "threads": options.threads,
         "seed": options.seed,

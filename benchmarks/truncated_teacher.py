@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from common import in_turn, parser, quartiles, ratios, report, spread, table
+from common import in_turn, keep_memory, parser, quartiles, ratios, report, spread, table
 from contestants import Bare, Contestant, Hooks, ModelOpt, Ours, Outputs, Task, TextBrewer, agree, setup
 
 PAIRS = ((1, 1), (2, 2), (3, 4), (4, 6))
@@ -30,6 +30,7 @@ def main() -> None:
     options = options_.parse_args()
     if options.quick:
         options.rounds, options.warmup = 5, 2
+    keep_memory()
     torch.set_num_threads(options.threads)
     made = setup(Task(PAIRS, logits=False), small=options.quick, seed=options.seed)
     makers: dict[str, Callable[[], Contestant]] = {
@@ -83,7 +84,7 @@ def main() -> None:
     if missing:
         body += "\n\nNot run: " + "; ".join(missing) + "."
     settings = {
-        "setting": "fp32, dropout off, AdamW, no clipping; every contestant with its own copy of the models"
+        "setting": "fp32, dropout off, AdamW, no clipping; memory kept by the allocator; every contestant with its own copy of the models"
         + (" (miniature models: a smoke run, not a measurement)" if options.quick else ""),
         "threads": options.threads,
         "seed": options.seed,
