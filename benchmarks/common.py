@@ -130,6 +130,14 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join(lines)
 
 
+def command() -> str:
+    """The command line of the script, without the folder of the results."""
+    words = sys.argv[1:]
+    while "--out" in words:
+        del words[words.index("--out") : words.index("--out") + 2]
+    return " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])
+
+
 def report(name: str, out: Path, title: str, settings: Mapping[str, Any], body: str, data: Any, *, quick: bool) -> None:
     """Write `name.md` and `name.json`, and print the first."""
     out.mkdir(parents=True, exist_ok=True)
@@ -143,7 +151,7 @@ def report(name: str, out: Path, title: str, settings: Mapping[str, Any], body: 
         f" load average at the end {where['load_average']}",
         f"- versions: Python {where['python']}, " + ", ".join(f"{key} {value}" for key, value in found.items()),
         *(f"- {key}: {value}" for key, value in settings.items()),
-        f"- script: `python benchmarks/{name}.py{' --quick' if quick else ''}`",
+        f"- command: `{command()}`",
         "",
         body.strip(),
         "",
