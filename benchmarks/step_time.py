@@ -208,7 +208,7 @@ def main() -> None:
             f"loop with hand-placed hooks (asserted to be at most {TOLERANCE:.0e} and {10 * TOLERANCE:.0e})."
         )
     settings = {
-        "setting": "fp32, dropout off, AdamW, no clipping; each contestant has its own models; the allocator keeps memory"
+        "setting": "fp32, dropout off, AdamW, no clipping; contestants have their own models; memory is kept"
         + (" (miniature models: a smoke run, not a measurement)" if options.quick else ""),
         "threads": options.threads,
         "seed": options.seed,

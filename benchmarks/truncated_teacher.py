@@ -84,7 +84,7 @@ def main() -> None:
     if missing:
         body += "\n\nNot run: " + "; ".join(missing) + "."
     settings = {
-        "setting": "fp32, dropout off, AdamW, no clipping; each contestant has its own models; the allocator keeps memory"
+        "setting": "fp32, dropout off, AdamW, no clipping; contestants have their own models; memory is kept"
         + (" (miniature models: a smoke run, not a measurement)" if options.quick else ""),
         "threads": options.threads,
         "seed": options.seed,
