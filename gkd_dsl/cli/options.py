@@ -87,4 +87,3 @@ def require_ok(result: Checked) -> None:
     show(result.diagnostics)
     if not result.ok:
         raise typer.Exit(FAULT)
-
