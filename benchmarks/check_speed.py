@@ -139,8 +139,8 @@ def processes(options: Any, folder: Path) -> tuple[str, dict[str, Any]]:
 
 def in_process(options: Any, folder: Path) -> tuple[str, dict[str, Any]]:
     from gkd_dsl.meaning.check import check_path
-    from gkd_dsl.source import Source
     from gkd_dsl.syntax import parse
+    from gkd_dsl.text import Source
 
     assert "torch" not in sys.modules
     assert "transformers" not in sys.modules

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-# The module `gkd_dsl.source` is loaded first: loading it later would put it over the decorator of that name.
-import gkd_dsl.source  # noqa: F401  isort: skip
 from gkd_dsl.extension import op, source
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from gkd_dsl.graph.plan import ForwardPlan, StagePlan
 from gkd_dsl.meaning.check import check_text
 from gkd_dsl.meaning.imports import library as names
 from gkd_dsl.meaning.imports import library_folder
-from gkd_dsl.source import Source
 from gkd_dsl.syntax import ast, parse
+from gkd_dsl.text import Source
 
 FIELDS = ("paper", "venue", "arxiv", "equation", "taps", "stages", "teachers", "needs")
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from gkd_dsl.source import Span
+from gkd_dsl.text import Span
 
 Severity = Literal["error", "warning", "note"]
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from gkd_dsl.diagnostics.model import Diagnostic, Diagnostics, Fix, Label
 from gkd_dsl.diagnostics.snippet import gutter_width, snippet, wrapped
-from gkd_dsl.source import Source, Span
+from gkd_dsl.text import Source, Span
 
 _COLORS = {"error": "31", "warning": "33", "note": "36", "help": "32", "gutter": "34"}
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gkd_dsl.diagnostics.model import Label
-from gkd_dsl.source import Source
+from gkd_dsl.text import Source
 
 _TAB = 4
 _CUT = 160

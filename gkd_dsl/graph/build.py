@@ -9,7 +9,7 @@ import networkx as nx
 from gkd_dsl.graph import access
 from gkd_dsl.graph.access import GraphError, NodeT
 from gkd_dsl.graph.nodes import GraphNode
-from gkd_dsl.source import Location
+from gkd_dsl.text import Location
 
 
 def merge_locations(*groups: tuple[Location, ...]) -> tuple[Location, ...]:

@@ -23,7 +23,7 @@ from typing import Literal
 from gkd_dsl.models.info import ModelInfo
 from gkd_dsl.models.taps import TapPath
 from gkd_dsl.schedules import Schedule, Span
-from gkd_dsl.source import Location
+from gkd_dsl.text import Location
 from gkd_dsl.types import LossType, TensorType
 
 AttrValue = bool | int | float | str | None | Schedule | tuple["AttrValue", ...]

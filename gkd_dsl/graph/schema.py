@@ -24,7 +24,7 @@ from gkd_dsl.graph import nodes
 from gkd_dsl.graph.access import natural
 from gkd_dsl.models.info import Build, ModelInfo, Vocabulary
 from gkd_dsl.models.taps import TapPath
-from gkd_dsl.source import Location, Source, Span
+from gkd_dsl.text import Location, Source, Span
 from gkd_dsl.types import Dim, LossType, TensorType
 
 VERSION = 1

@@ -16,8 +16,8 @@ from gkd_dsl.meaning.declare import value_of
 from gkd_dsl.meaning.evaluate import evaluate
 from gkd_dsl.meaning.scope import Scope
 from gkd_dsl.meaning.values import Instance, Model
-from gkd_dsl.source import Source, Span
 from gkd_dsl.syntax import ast, parse
+from gkd_dsl.text import Source, Span
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from gkd_dsl.graph.nodes import StageNode
 from gkd_dsl.meaning.scope import Scope
 from gkd_dsl.meaning.values import UNKNOWN, Instance, Model, Tensor, Value
 from gkd_dsl.ops.typing import Mismatch, Typed
-from gkd_dsl.source import Location, Source, Span
 from gkd_dsl.sources import SourceKind
 from gkd_dsl.syntax import ast
+from gkd_dsl.text import Location, Source, Span
 from gkd_dsl.types import BATCH, LENGTH, TensorType
 
 

@@ -6,9 +6,9 @@ from gkd_dsl.graph.nodes import SourceSpec
 from gkd_dsl.meaning.context import Context, replace, suggest
 from gkd_dsl.meaning.scope import Scope
 from gkd_dsl.meaning.values import UNKNOWN, PythonModule, Source, Unknown, Value, kind, plain
-from gkd_dsl.source import Span
 from gkd_dsl.sources import SOURCES, SourceKind, SourceProblem, bind_source, check_source
 from gkd_dsl.syntax import ast
+from gkd_dsl.text import Span
 
 _LATER = ("rollout", "cached", "logit_cache")
 _CODES = {"file": "E0503", "column": "E0504", "row": "E0505"}

@@ -29,8 +29,8 @@ from gkd_dsl.meaning.values import (
     Value,
     kind,
 )
-from gkd_dsl.source import Span
 from gkd_dsl.syntax import ast
+from gkd_dsl.text import Span
 from gkd_dsl.types import Dim
 
 _INITS = ("default", "identity", "zeros")

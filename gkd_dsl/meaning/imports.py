@@ -12,9 +12,9 @@ from gkd_dsl.meaning.scope import Definition, Scope
 from gkd_dsl.meaning.values import UNKNOWN, Method, Module, PythonModule, Value
 from gkd_dsl.ops import registry
 from gkd_dsl.ops.spec import OpSpec
-from gkd_dsl.source import Source, Span
 from gkd_dsl.sources import SourceKind, source_kind
 from gkd_dsl.syntax import ast, parse, parse_signature
+from gkd_dsl.text import Source, Span
 
 LIBRARY = "gkd:"
 

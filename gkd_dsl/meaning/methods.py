@@ -19,8 +19,8 @@ from gkd_dsl.meaning.values import (
     kind,
     plain,
 )
-from gkd_dsl.source import Span
 from gkd_dsl.syntax import ast, parse_expression
+from gkd_dsl.text import Span
 
 _VISIBLE = (ast.Param, ast.MethodDecl, ast.ImportAs, ast.ImportUse, ast.ImportPython, ast.DimDecl)
 _DEPTH = 16

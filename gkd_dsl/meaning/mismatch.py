@@ -11,8 +11,8 @@ from gkd_dsl.meaning.scope import Scope
 from gkd_dsl.meaning.values import Block, Length, Tensor, Value, kind
 from gkd_dsl.ops.registry import OpSpec
 from gkd_dsl.ops.typing import Mismatch
-from gkd_dsl.source import Span
 from gkd_dsl.syntax import ast
+from gkd_dsl.text import Span
 from gkd_dsl.types import Dim
 
 

@@ -13,8 +13,8 @@ from gkd_dsl.models import describe, locate
 from gkd_dsl.models.errors import ModelError
 from gkd_dsl.models.info import ModelInfo
 from gkd_dsl.models.locate import offline_by_environment
-from gkd_dsl.source import Span
 from gkd_dsl.syntax import ast
+from gkd_dsl.text import Span
 
 TASKS = ("encoder", "classification", "masked_lm", "causal_lm")
 _LATER = {"quantize": "a quantised model", "adapter": "a model with an adapter", "vocabulary": "a cut vocabulary"}

@@ -32,8 +32,8 @@ from gkd_dsl.meaning.values import (
 )
 from gkd_dsl.ops import registry
 from gkd_dsl.ops.typing import Mismatch, PairOf, Typed, bind, check_call
-from gkd_dsl.source import Span
 from gkd_dsl.syntax import ast
+from gkd_dsl.text import Span
 from gkd_dsl.types import BATCH, LENGTH, LossType, TensorType
 
 _COMPARE = {"==": "equal", "!=": "not_equal", "<": "less", "<=": "less_equal", ">": "greater", ">=": "greater_equal"}

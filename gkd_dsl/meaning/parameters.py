@@ -24,8 +24,8 @@ from gkd_dsl.meaning.values import (
     kind,
     plain,
 )
-from gkd_dsl.source import Span
 from gkd_dsl.syntax import ast, parse_expression
+from gkd_dsl.text import Span
 
 TYPES = {
     "float": "a number",

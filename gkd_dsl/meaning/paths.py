@@ -24,8 +24,8 @@ from gkd_dsl.meaning.values import (
     shown,
 )
 from gkd_dsl.models.resolve import TapError, resolve_tap
-from gkd_dsl.source import Span
 from gkd_dsl.syntax import ast
+from gkd_dsl.text import Span
 from gkd_dsl.types import BATCH, LENGTH, TensorType
 
 SIZES = ("H", "V", "N", "A", "KV", "D", "F", "C")

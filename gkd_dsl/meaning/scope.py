@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gkd_dsl.meaning.values import Value
-from gkd_dsl.source import Source, Span
 from gkd_dsl.syntax import ast
+from gkd_dsl.text import Source, Span
 
 
 @dataclass

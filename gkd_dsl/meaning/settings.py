@@ -11,8 +11,8 @@ from gkd_dsl.graph.nodes import AttrValue
 from gkd_dsl.meaning.context import Context, replace, suggest
 from gkd_dsl.meaning.scope import Scope
 from gkd_dsl.meaning.values import Length, Num, Optimiser, Source, Text, Truth, Unknown, Value, kind, plain
-from gkd_dsl.source import Span
 from gkd_dsl.syntax import ast
+from gkd_dsl.text import Span
 
 
 @dataclass(frozen=True)

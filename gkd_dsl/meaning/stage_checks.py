@@ -16,9 +16,9 @@ from gkd_dsl.meaning.scope import Scope
 from gkd_dsl.meaning.training import Training
 from gkd_dsl.meaning.values import Model, NamedLoss
 from gkd_dsl.models.tokenizer import same_ids
-from gkd_dsl.source import Span
 from gkd_dsl.sources import columns_of, label_count
 from gkd_dsl.syntax import ast
+from gkd_dsl.text import Span
 
 
 def reach(

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from gkd_dsl import schedules
 from gkd_dsl.models.info import ModelInfo
-from gkd_dsl.source import Location, Span
 from gkd_dsl.syntax import ast
+from gkd_dsl.text import Location, Span
 from gkd_dsl.types import Dim, LossType, TensorType
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from gkd_dsl.source import Source, Span
+from gkd_dsl.text import Source, Span
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,8 +10,8 @@ from typing import Any, cast
 from lark import Token, Tree
 
 from gkd_dsl.diagnostics import Diagnostics
-from gkd_dsl.source import Source, Span
 from gkd_dsl.syntax import ast
+from gkd_dsl.text import Source, Span
 
 DEPTH = 100
 """How deep expressions may nest."""

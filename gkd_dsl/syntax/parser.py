@@ -6,11 +6,11 @@ import re
 from typing import Any, cast
 
 from gkd_dsl.diagnostics import Diagnostics, Edit, Fix, SpecError
-from gkd_dsl.source import Source, Span
 from gkd_dsl.syntax import ast
 from gkd_dsl.syntax.build import ExpressionBuilder
 from gkd_dsl.syntax.build_file import FileBuilder
 from gkd_dsl.syntax.recover import read
+from gkd_dsl.text import Source, Span
 
 VERSION = 1
 """The version of the language that this parser reads."""

@@ -11,10 +11,10 @@ from lark import Token, Tree, UnexpectedCharacters, UnexpectedInput, UnexpectedT
 from lark.lexer import TextSlice
 
 from gkd_dsl.diagnostics import Diagnostics, Label
-from gkd_dsl.source import Source, Span
 from gkd_dsl.syntax import scan, words
 from gkd_dsl.syntax.faults import Plan, diagnose
 from gkd_dsl.syntax.grammar import parser
+from gkd_dsl.text import Source, Span
 
 BRACKETS = 100
 """How deep brackets may nest."""

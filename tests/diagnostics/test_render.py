@@ -6,7 +6,7 @@ import json
 
 from gkd_dsl.diagnostics import Diagnostic, Diagnostics, Edit, Fix, Label, Note
 from gkd_dsl.diagnostics.render import apply_fix, render_json, render_text, sort, summary
-from gkd_dsl.source import Source, Span
+from gkd_dsl.text import Source, Span
 
 TEXT = "gkd 1\nloss hid = mse(s.hidden[-1] <- t.hidden[-1])\n\tlet x = a日本 + b\nlast line"
 SOURCE = Source("spec.gkd", TEXT)

@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 
 from gkd_dsl.cli.main import COMMANDS, application
 from gkd_dsl.meaning.check import check_text
-from gkd_dsl.source import Source
 from gkd_dsl.syntax import parse
+from gkd_dsl.text import Source
 
 SPECS = blocks("gkd")
 WHOLE = [block for block in SPECS if block.text.startswith("gkd 1\n")]

@@ -15,8 +15,8 @@ from codes_at_run_time import WHILE_RUNNING
 from gkd_dsl.diagnostics import Diagnostics
 from gkd_dsl.diagnostics.catalogue import codes, explain
 from gkd_dsl.diagnostics.render import apply_fix, render_json, render_text
-from gkd_dsl.source import Source
 from gkd_dsl.syntax import parse
+from gkd_dsl.text import Source
 
 HERE = Path(__file__).parent
 CASES = sorted(path.name for path in HERE.iterdir() if re.fullmatch(r"[EW]\d{4}\w*", path.name))

@@ -29,8 +29,8 @@ from gkd_dsl.meaning.check import check_path
 from gkd_dsl.models.info import Build, ModelInfo, Vocabulary
 from gkd_dsl.models.taps import TapPath
 from gkd_dsl.schedules import Clock, Constant, Cosine, InDrawnMap, Ramp, Schedule, Span, StepAt, combine
-from gkd_dsl.source import Location, Source
-from gkd_dsl.source import Span as Place
+from gkd_dsl.text import Location, Source
+from gkd_dsl.text import Span as Place
 from gkd_dsl.types import BATCH, LENGTH, Dim, LossType, TensorType
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

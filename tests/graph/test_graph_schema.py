@@ -17,7 +17,7 @@ from hypothesis import given
 from gkd_dsl.graph.nodes import ModelNode
 from gkd_dsl.graph.passes import run_passes
 from gkd_dsl.graph.schema import fingerprint, from_json, to_json
-from gkd_dsl.source import Location
+from gkd_dsl.text import Location
 
 
 @pytest.mark.parametrize("name", ["sentence_encoder", "reviews"])

@@ -8,8 +8,8 @@ from typer.testing import CliRunner
 from gkd_dsl import library
 from gkd_dsl.cli.main import application
 from gkd_dsl.meaning.check import check_text
-from gkd_dsl.source import Source
 from gkd_dsl.syntax import parse
+from gkd_dsl.text import Source
 
 NAMES = ("distilbert", "kd", "minilm", "minilmv2", "pkd", "tinybert")
 EACH = pytest.mark.parametrize("name", NAMES)

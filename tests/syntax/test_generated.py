@@ -11,9 +11,9 @@ from lark import Lark
 from trees import plain, spans
 
 from gkd_dsl.diagnostics.render import render_json, render_text
-from gkd_dsl.source import Source
 from gkd_dsl.syntax import ast, grammar, parse, print_expression, print_file
 from gkd_dsl.syntax.parser import parse_expression
+from gkd_dsl.text import Source
 
 _TEXTS = [path.read_bytes().decode() for path in sorted((Path(__file__).parent / "specs").glob("*.gkd"))]
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from gkd_dsl.source import Source
 from gkd_dsl.syntax import ast, grammar, parse, words
+from gkd_dsl.text import Source
 
 SPECS = sorted((Path(__file__).parent / "specs").glob("*.gkd"))
 

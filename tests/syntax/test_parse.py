@@ -8,8 +8,8 @@ import pytest
 from trees import plain, spans
 
 from gkd_dsl.diagnostics import SpecError
-from gkd_dsl.source import Source
 from gkd_dsl.syntax import ast, parse, parse_expression, parse_signature, print_expression, print_file, print_signature
+from gkd_dsl.text import Source
 
 SPECS = sorted((Path(__file__).parent / "specs").glob("*.gkd"))
 

@@ -10,9 +10,9 @@ from lark import Token
 
 from gkd_dsl.diagnostics import Diagnostic
 from gkd_dsl.diagnostics.render import apply_fix, render_text
-from gkd_dsl.source import Source
 from gkd_dsl.syntax import ast, parse
 from gkd_dsl.syntax.grammar import parser
+from gkd_dsl.text import Source
 
 HERE = Path(__file__).parent
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from gkd_dsl.source import Source, Span
+from gkd_dsl.text import Source, Span
 
 
 def plain(node: Any) -> Any:
