@@ -7,7 +7,8 @@ needs saving. `number(1)` and arithmetic make constants of what does not change.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Literal
 
 from gkd_dsl import aligners
@@ -19,14 +20,19 @@ Unit = Literal["percent", "steps", "epochs", "tokens"]
 class Clock:
     """Where a stage is, before the step about to be made.
 
-    `step` counts optimiser steps from 0; `total_steps` is fixed when the stage starts.
+    `step` counts optimiser steps from 0; `total_steps` is fixed when the stage starts. `counters` are the values of
+    the stage's counters, `recent(loss, n)` the mean of a loss over the last n steps (NaN before there were n).
+    `seed` is the stage's, `micro` the number of the micro-batch in its step.
     """
 
     step: int
     total_steps: int
     steps_per_epoch: float
     tokens: int = 0
-    counters: tuple[tuple[str, float], ...] = ()
+    counters: tuple[tuple[str, int], ...] = ()
+    seed: int = 0
+    micro: int = 0
+    recent: Callable[[str, int], float] | None = field(default=None, compare=False, repr=False)
 
     @property
     def epoch(self) -> float:

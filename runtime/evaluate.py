@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -41,10 +42,8 @@ class Evaluator:
         self._models = {node.name: models[node.name] for node in plan.models if node.name in used}
         self._tappers = {node.name: Tapper(models[node.name], node.info) for node in plan.models if node.name in used}
         blocks = {node.key: projections[node.name] for node in plan.projections} | dict(projections)
-        self._programs = {
-            name: Program(item.program, blocks, _gives(item.forwards)) for name, item in self._plans.items()
-        }
-        self._valid = Program(plan.valid_program, blocks, {})
+        self._programs = {name: Program(item.program, blocks, item.forwards) for name, item in self._plans.items()}
+        self._valid = Program(plan.valid_program, blocks, ())
 
     @torch.no_grad()
     def __call__(
@@ -78,7 +77,7 @@ class Evaluator:
 
         def forward(key: str, env: Env) -> None:
             if key not in taps:
-                taps[key] = run_taps(self._tappers[forwards[key].model], forwards[key], batch)
+                taps[key] = run_taps(self._tappers[forwards[key].model], forwards[key], batch, env)
             env.update(taps[key])
 
         shared = batch_keys(batch)
@@ -99,12 +98,8 @@ def _merged(plans: Sequence[MetricPlan]) -> dict[str, ForwardPlan]:
             taps = tuple(dict.fromkeys((*(before.taps if before else ()), *forward.taps)))
             whole = forward.stop_after is None or (before is not None and before.stop_after is None)
             stop = None if whole else last_needed(tap.path for tap in taps)
-            found[forward.key] = ForwardPlan(forward.key, forward.model, False, taps, stop)
+            found[forward.key] = replace(forward, grad=False, taps=taps, stop_after=stop)
     return found
-
-
-def _gives(forwards: Iterable[ForwardPlan]) -> dict[str, list[str]]:
-    return {forward.key: [tap.key for tap in forward.taps] for forward in forwards}
 
 
 def _attrs(item: MetricPlan, clock: Clock) -> dict[str, Any]:

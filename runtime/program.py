@@ -3,42 +3,49 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cache
+from hashlib import sha256
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gkd_dsl.graph.nodes import AttrValue
-from gkd_dsl.graph.plan import Apply, Free, Instruction, Run
+from gkd_dsl.graph.passes.liveness import made, reads
+from gkd_dsl.graph.plan import Apply, ForwardPlan, Free, Instruction, Run
 from gkd_dsl.runtime.errors import CANNOT_RUN, SHAPES, RunError, out_of_memory
 from gkd_dsl.runtime.ops.registry import Operator, functions
 from gkd_dsl.schedules import Clock, Schedule
 from gkd_dsl.types import Dim, LossType, TensorType, ValueType
 
 Env = dict[str, Tensor]
+Special = Callable[[Apply, Env, Clock], Tensor]
 _REDUCTION_ONLY = ("token_weight", "sample_weight")
 
 
 class Program:
     """Instructions with the functions and the projections that they name.
 
-    `projections` holds the modules by the name and by the key of their node, `gives` the keys of the taps of each
-    forward. Schedules among the attributes are evaluated at the clock of the step.
+    `projections` holds the modules by the name and by the key of their node, `special` the operators that the step
+    runs itself. Schedules among the attributes are evaluated at the clock of the step. An operator that draws numbers
+    is given a generator whose seed is that of the clock, the key, the step and the micro-batch, so that it draws the
+    same when it is run again.
     """
 
     def __init__(
         self,
         instructions: Sequence[Instruction],
         projections: Mapping[str, nn.Module],
-        gives: Mapping[str, Collection[str]],
+        forwards: Iterable[ForwardPlan],
+        special: Mapping[str, Special] | None = None,
     ) -> None:
         self.instructions = tuple(instructions)
         self._projections = projections
-        self._gives = gives
+        self._forwards = {forward.key: forward for forward in forwards}
+        self._special = dict(special or {})
         table = functions()
-        applied = {i.op for i in self.instructions if isinstance(i, Apply)}
+        applied = {i.op for i in self.instructions if isinstance(i, Apply)} - self._special.keys()
         self._functions: dict[str, Operator] = {op: table[op] for op in applied}
         self._slots = {op: _accepted(function) for op, function in self._functions.items()}
         self._needed: dict[frozenset[str], tuple[Instruction, ...]] = {}
@@ -70,6 +77,8 @@ class Program:
                     see(instruction.key, instruction.type, value)
 
     def _apply(self, step: Apply, env: Env, clock: Clock) -> Tensor:
+        if step.op in self._special:
+            return self._special[step.op](step, env, clock)
         inputs: dict[str, Any] = {}
         for slot, key in step.inputs:
             if step.op == "project" and slot == "block":
@@ -80,6 +89,8 @@ class Program:
         for name in ("dims", "causal"):
             if name in attrs and not self._takes(step.op, name):
                 del attrs[name]
+        if self._slots[step.op] is not None and self._takes(step.op, "generator"):
+            attrs["generator"] = generator(step.key, clock)
         function = self._functions[step.op]
         if step.op == "project":
             return function(**inputs, **attrs)
@@ -104,23 +115,21 @@ class Program:
 
     def _for(self, wanted: frozenset[str]) -> tuple[Instruction, ...]:
         if wanted not in self._needed:
-            self._needed[wanted] = _slice(self.instructions, wanted, self._gives)
+            self._needed[wanted] = _slice(self.instructions, wanted, self._forwards)
         return self._needed[wanted]
 
 
 def _slice(
-    instructions: tuple[Instruction, ...], wanted: frozenset[str], gives: Mapping[str, Collection[str]]
+    instructions: tuple[Instruction, ...], wanted: frozenset[str], forwards: Mapping[str, ForwardPlan]
 ) -> tuple[Instruction, ...]:
     """The instructions that `wanted` needs."""
     needed = set(wanted)
     kept: list[Instruction] = []
     for instruction in reversed(instructions):
-        if isinstance(instruction, Apply):
-            if instruction.key not in needed:
+        if not isinstance(instruction, Free):
+            if needed.isdisjoint(made(instruction, forwards)):
                 continue
-            needed |= {key for _, key in instruction.inputs}
-        elif isinstance(instruction, Run) and needed.isdisjoint(gives[instruction.forward]):
-            continue
+            needed.update(reads(instruction, forwards))
         kept.append(instruction)
     return tuple(reversed(kept))
 
@@ -156,6 +165,12 @@ def _accepted(function: Operator) -> frozenset[str] | None:
 def plain(value: AttrValue, clock: Clock) -> Any:
     """An attribute at this step: a schedule's number, anything else as it is."""
     return value.value(clock) if isinstance(value, Schedule) else value
+
+
+def generator(key: str, clock: Clock) -> torch.Generator:
+    """Where an operator draws from at this step: on the CPU, and the same on every process."""
+    text = f"{clock.seed}/{key}/{clock.step}/{clock.micro}"
+    return torch.Generator().manual_seed(int.from_bytes(sha256(text.encode()).digest()[:7], "big"))
 
 
 class ShapeCheck:

@@ -34,11 +34,13 @@ class StepOutput:
     loss     the weighted sum, a scalar with its gradient
     values   each loss before its weight, a scalar with its gradient
     weights  the weight of each loss at this step
+    watched  the losses that a counter or a policy reads, scalars without gradient
     """
 
     loss: Tensor
     values: dict[str, Tensor]
     weights: dict[str, float]
+    watched: dict[str, Tensor] = field(default_factory=dict)
     terms: dict[str, Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -104,9 +106,8 @@ class StepModule(nn.Module):
         self.teachers: TeacherSource = teachers if teachers is not None else LiveTeachers(fixed, models)
         self._forwards = {forward.key: forward for forward in plan.forwards}
         by_key = {node.key: blocks[node.name] for node in plan.projections} | self.projections
-        gives = {forward.key: [tap.key for tap in forward.taps] for forward in plan.forwards}
-        self._valid = Program(plan.valid_program, by_key, {})
-        self._program = Program(plan.program, by_key, gives)
+        self._valid = Program(plan.valid_program, by_key, ())
+        self._program = Program(plan.program, by_key, plan.forwards)
         self._counted = {counted.key: counted for counted in plan.counted}
         self._read_again = {
             key for item in plan.program if isinstance(item, Apply) for _, key in item.inputs if key in self._counted
@@ -121,12 +122,13 @@ class StepModule(nn.Module):
         """
         env = self._environment(batch)
         check = self._shape_check(batch) if self._unchecked else None
-        coefficients = {loss.name: [(part.value(clock), key) for part, key in loss.parts] for loss in self.plan.losses}
+        losses = (*self.plan.losses, *self.plan.monitored)
+        coefficients = {loss.name: [(part.value(clock), key) for part, key in loss.parts] for loss in losses}
         used = {key for parts in coefficients.values() for amount, key in parts if amount != 0.0 or check is not None}
         sums: dict[str, Tensor] = {}
 
         def forward(key: str, env: Env) -> None:
-            env.update(self._run(key, batch, check))
+            env.update(self._run(key, batch, env, check))
 
         self._valid.run(env, clock, forward)
         see = self._reducing(sums, env, denominators, check)
@@ -135,14 +137,12 @@ class StepModule(nn.Module):
         weights: dict[str, float] = {}
         total = self._zero(batch)
         for loss, schedule in zip(self.plan.losses, self.plan.weights, strict=True):
-            value = self._zero(batch)
-            for amount, key in coefficients[loss.name]:
-                if amount != 0.0:
-                    value = value + amount * sums[key]
+            value = self._sum(coefficients[loss.name], sums, batch)
             values[loss.name], weights[loss.name] = value, schedule.value(clock)
             total = total + weights[loss.name] * value
         self._unchecked = False
-        return StepOutput(total, values, weights)
+        watched = {loss.name: self._sum(coefficients[loss.name], sums, batch).detach() for loss in self.plan.monitored}
+        return StepOutput(total, values, weights, watched)
 
     def count(self, batch: Batch, clock: Clock) -> dict[str, int]:
         """How many positions of each loss count in a micro-batch. Reads batch columns only."""
@@ -233,23 +233,23 @@ class StepModule(nn.Module):
             )
         return batch_keys(batch)
 
-    def _run(self, key: str, batch: Batch, check: ShapeCheck | None) -> dict[str, Tensor]:
+    def _run(self, key: str, batch: Batch, env: Env, check: ShapeCheck | None) -> dict[str, Tensor]:
         forward = self._forwards[key]
-        taps = self._taps(forward, batch)
+        taps = self._taps(forward, batch, env)
         if check is not None:
             for tap in forward.taps:
                 check(tap.key, tap.type, taps[tap.key])
         return taps
 
-    def _taps(self, forward: ForwardPlan, inputs: Batch) -> dict[str, Tensor]:
+    def _taps(self, forward: ForwardPlan, inputs: Batch, env: Env) -> dict[str, Tensor]:
         if forward.model not in self.models:
-            return self.teachers.taps(forward, inputs)
+            return self.teachers.taps(forward, inputs, env)
         model = self.models[forward.model]
         if forward.grad or not model.training:
-            return run_taps(self._tappers[forward.model], forward, inputs)
+            return run_taps(self._tappers[forward.model], forward, inputs, env)
         model.eval()
         try:
-            return run_taps(self._tappers[forward.model], forward, inputs)
+            return run_taps(self._tappers[forward.model], forward, inputs, env)
         finally:
             model.train()
 
@@ -277,6 +277,13 @@ class StepModule(nn.Module):
     def _shape_check(self, batch: Batch) -> ShapeCheck:
         names = {tap.key: f"{forward.model}.{tap.path}" for forward in self.plan.forwards for tap in forward.taps}
         return ShapeCheck(*_sizes(batch), names)
+
+    def _sum(self, parts: Iterable[tuple[float, str]], sums: Mapping[str, Tensor], batch: Batch) -> Tensor:
+        value = self._zero(batch)
+        for amount, key in parts:
+            if amount != 0.0:
+                value = value + amount * sums[key]
+        return value
 
     def _zero(self, batch: Batch) -> Tensor:
         return torch.zeros((), device=next(iter(batch.values())).device)

@@ -12,7 +12,14 @@ Edges run from producer to consumer and carry `slot`, the consumer's argument na
     op/kl.1                 OpNode
     loss/soft, loss/tb/attn LossNode        (edges from loss-typed OpNodes, slots "0", "1", ...)
     metric/acc              MetricNode      (edges from the tensors it reads, by argument name)
-    stage/main              StageNode       (edges from LossNodes "0", ...; from MetricNodes "metric.0", ...)
+    counter/k               CounterNode     (edges from the LossNodes that its condition reads, slots "0", ...)
+    policy/pi               PolicyNode      (edges from one tensor per action, slots "0", ...; from the LossNode of
+                                            its reward, slot "reward")
+    stage/main              StageNode       (edges from LossNodes "0", ...; from MetricNodes "metric.0", ...;
+                                            from the CounterNodes that its schedules read, "counter.k")
+
+A further pass is a ForwardNode of its own. Its inputs that are not the batch's columns arrive by edges whose slot is
+the column (`input_ids`), the values of its changes by edges with the slots that the change names.
 """
 
 from __future__ import annotations
@@ -56,12 +63,54 @@ class BatchNode(GraphNode):
 
 
 @dataclass(frozen=True)
+class ReplaceBlock:
+    """Block `index` of the forward is run by blocks `layers` of `model`, one after the other, while `when` is not 0.
+
+    The gradient goes through them; their parameters get none. Slot `slot` holds the ModelNode.
+    """
+
+    index: int
+    model: str
+    layers: tuple[int, ...]
+    when: Schedule
+    slot: str
+
+
+@dataclass(frozen=True)
+class SwapTap:
+    """The tensor at `path` takes values of the one in slot `<slot>.source`.
+
+    Slot `<slot>.at` says where: Bool[B, L] (true: take the source's value of the same position) or Int[B, L] (the
+    position of the source to take, -1: keep). Without it all of the tensor is taken.
+    """
+
+    path: TapPath
+    slot: str
+
+
+@dataclass(frozen=True)
+class AddToTap:
+    """The tensor in slot `slot` is added to the one at `path`."""
+
+    path: TapPath
+    slot: str
+
+
+Change = ReplaceBlock | SwapTap | AddToTap
+
+
+@dataclass(frozen=True)
 class ForwardNode(GraphNode):
-    """One forward of a model on one input. With `grad` False it runs under no_grad, in eval mode."""
+    """One forward of a model on one input. With `grad` False it runs under no_grad, in eval mode.
+
+    `changes` are applied in their order. A forward with `discard` keeps its gradient for `gradient(...)` only.
+    """
 
     model: str
     inputs: str = "batch"
     grad: bool = True
+    changes: tuple[Change, ...] = ()
+    discard: bool = False
 
 
 @dataclass(frozen=True)
@@ -138,6 +187,31 @@ class OptimSpec:
 
 
 @dataclass(frozen=True)
+class CounterNode(GraphNode):
+    """A whole number from `start` to `stop` that goes up by one after each step in which `when` is not 0."""
+
+    name: str
+    start: int
+    stop: int
+    when: Schedule
+
+
+@dataclass(frozen=True)
+class PolicyNode(GraphNode):
+    """Chooses among `actions` for each sample; trained by its own optimiser on a reward that arrives a step later.
+
+    The probability of action k is sigmoid(A x_k + b), with one A and b for all; `hidden` units come between where
+    it is not 0. `features` is the width of each x_k.
+    """
+
+    name: str
+    actions: int
+    features: int
+    hidden: int
+    optim: OptimSpec
+
+
+@dataclass(frozen=True)
 class TrainTarget:
     """What a stage trains: a whole model or a part (`body`, `embed`, `head`, `layer.3`), or a projection."""
 
@@ -188,4 +262,16 @@ class StageNode(GraphNode):
     max_length: int | None = None
 
 
-Kind = ModelNode | BatchNode | ForwardNode | TapNode | ProjectNode | OpNode | LossNode | MetricNode | StageNode
+Kind = (
+    ModelNode
+    | BatchNode
+    | ForwardNode
+    | TapNode
+    | ProjectNode
+    | OpNode
+    | LossNode
+    | MetricNode
+    | CounterNode
+    | PolicyNode
+    | StageNode
+)

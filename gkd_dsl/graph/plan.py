@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from gkd_dsl.graph.nodes import AttrValue, MetricNode, ModelNode, ProjectNode, StageNode
+from gkd_dsl.graph.nodes import AttrValue, Change, MetricNode, ModelNode, PolicyNode, ProjectNode, StageNode
 from gkd_dsl.models.taps import TapPath
 from gkd_dsl.schedules import Schedule
 from gkd_dsl.types import Dim, LossType, TensorType
@@ -22,13 +22,25 @@ class TapPlan:
 
 @dataclass(frozen=True)
 class ForwardPlan:
-    """One forward. `stop_after` is the tap after which nothing more is needed (None: run it whole)."""
+    """One forward. `stop_after` is the tap after which nothing more is needed (None: run it whole).
+
+    `inputs` pairs a column with the key of the environment that stands in for the batch's, `values` the slots of
+    `changes` with keys.
+    """
 
     key: str
     model: str
     grad: bool
     taps: tuple[TapPlan, ...]
     stop_after: TapPath | None = None
+    inputs: tuple[tuple[str, str], ...] = ()
+    changes: tuple[Change, ...] = ()
+    values: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The keys of the environment that it needs."""
+        return tuple(key for _, key in (*self.inputs, *self.values))
 
 
 @dataclass(frozen=True)
@@ -91,6 +103,26 @@ class Counted:
 
 
 @dataclass(frozen=True)
+class CounterPlan:
+    """A counter of a stage. `losses` are the monitored losses that its condition reads."""
+
+    name: str
+    start: int
+    stop: int
+    when: Schedule
+    losses: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class PolicyPlan:
+    """A policy of a stage; `key` is that of its draws `Float[B, actions]`, `reward` names a monitored loss."""
+
+    key: str
+    node: PolicyNode
+    reward: str
+
+
+@dataclass(frozen=True)
 class StagePlan:
     """What one stage runs.
 
@@ -98,6 +130,7 @@ class StagePlan:
     all micro-batches and ranks are known before the first forward; its keys are also there for `program`.
     `program` gives every loss-typed key that `losses` reads; `counted` has one entry for each.
     `weights[i]` is the weight of `losses[i]` in the objective. `columns` are the batch columns read.
+    `monitored` are losses that a counter or a policy reads; they may or may not be in the objective too.
     """
 
     name: str
@@ -112,6 +145,9 @@ class StagePlan:
     weights: tuple[Schedule, ...]
     columns: tuple[str, ...]
     metrics: tuple[MetricPlan, ...] = ()
+    monitored: tuple[LossPlan, ...] = ()
+    counters: tuple[CounterPlan, ...] = ()
+    policies: tuple[PolicyPlan, ...] = ()
 
     def forward(self, key: str) -> ForwardPlan:
         """The forward of a key."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import cast
 
@@ -10,17 +11,30 @@ import networkx as nx
 from gkd_dsl.graph.access import ancestors, inputs, nodes
 from gkd_dsl.graph.nodes import (
     BatchNode,
+    Change,
+    CounterNode,
     ForwardNode,
     LossNode,
     MetricNode,
     ModelNode,
     OpNode,
+    PolicyNode,
     ProjectNode,
     StageNode,
 )
 from gkd_dsl.graph.passes import forwards as forwards_pass
 from gkd_dsl.graph.passes import liveness
-from gkd_dsl.graph.plan import Apply, Counted, ForwardPlan, LossPlan, MetricPlan, StagePlan, TapPlan
+from gkd_dsl.graph.plan import (
+    Apply,
+    Counted,
+    CounterPlan,
+    ForwardPlan,
+    LossPlan,
+    MetricPlan,
+    PolicyPlan,
+    StagePlan,
+    TapPlan,
+)
 from gkd_dsl.types import LossType
 
 
@@ -28,12 +42,12 @@ def emit(graph: nx.MultiDiGraph, stage: StageNode, *, optimise: bool = True) -> 
     """The plan of a stage. Without `optimise` forwards run whole and nothing is let go before the end."""
     view = forwards_pass.forwards(forwards_pass.stage_view(graph, stage), stage)
     losses = [key for slot, key in inputs(graph, stage.key).items() if slot.isdigit()]
-    parts = {loss: list(inputs(view, loss).values()) for loss in losses}
-    atoms = list(dict.fromkeys(atom for found in parts.values() for atom in found))
+    counters, policies = _counters(view), _policies(view, stage)
+    monitored = list(dict.fromkeys(_monitored(view, stage)))
+    atoms = _atoms(view, [*losses, *monitored])
     batch_ops = liveness.from_batch(view)
     order = liveness.ordered(view)
     plans = _forwards(view, optimise)
-    taps = {plan.key: [tap.key for tap in plan.taps] for plan in plans}
     metrics = tuple(
         _metric(graph, stage, view_metric, optimise)
         for view_metric in nodes(graph, MetricNode)
@@ -65,12 +79,56 @@ def emit(graph: nx.MultiDiGraph, stage: StageNode, *, optimise: bool = True) -> 
         forwards=plans,
         valid_program=tuple(_apply(view, key) for key in order if key in batch_ops),
         counted=tuple(_counted(view, atom) for atom in atoms),
-        program=liveness.program(view, [key for key in order if key not in batch_ops], atoms, taps, free=optimise),
+        program=liveness.program(view, [key for key in order if key not in batch_ops], atoms, plans, free=optimise),
         losses=tuple(_loss(view, key) for key in losses),
         weights=stage.weights,
         columns=tuple(sorted(columns)),
         metrics=metrics,
+        monitored=tuple(_loss(view, key) for key in monitored),
+        counters=counters,
+        policies=policies,
     )
+
+
+def _atoms(view: nx.MultiDiGraph, losses: Iterable[str]) -> list[str]:
+    """The loss-typed operators that are reduced: those of the losses, and those that a `gradient` is taken of."""
+    found = [atom for loss in losses for atom in inputs(view, loss).values()]
+    for node in nodes(view, OpNode):
+        if node.op == "gradient":
+            found += [key for slot, key in inputs(view, node.key).items() if slot.isdigit()]
+    return list(dict.fromkeys(found))
+
+
+def _monitored(view: nx.MultiDiGraph, stage: StageNode) -> Iterator[str]:
+    """The losses that the counters and the rewards of a stage read."""
+    for slot, key in inputs(view, stage.key).items():
+        if slot.startswith("reward."):
+            yield key
+        elif slot.startswith("counter."):
+            yield from inputs(view, key).values()
+
+
+def _counters(view: nx.MultiDiGraph) -> tuple[CounterPlan, ...]:
+    return tuple(
+        CounterPlan(
+            node.name,
+            node.start,
+            node.stop,
+            node.when,
+            tuple(view.nodes[key]["node"].name for key in inputs(view, node.key).values()),
+        )
+        for node in nodes(view, CounterNode)
+    )
+
+
+def _policies(view: nx.MultiDiGraph, stage: StageNode) -> tuple[PolicyPlan, ...]:
+    slots = inputs(view, stage.key)
+    found = []
+    for node in nodes(view, PolicyNode):
+        draws = [key for key in view.successors(node.key) if isinstance(view.nodes[key]["node"], OpNode)]
+        reward = view.nodes[slots[f"reward.{node.name}"]]["node"].name
+        found += [PolicyPlan(key, node, reward) for key in dict.fromkeys(draws)]
+    return tuple(found)
 
 
 def _apply(graph: nx.MultiDiGraph, key: str) -> Apply:
@@ -86,9 +144,24 @@ def _forwards(graph: nx.MultiDiGraph, optimise: bool) -> tuple[ForwardPlan, ...]
             node.grad,
             tuple(TapPlan(tap.key, tap.path, tap.type) for tap in liveness.tap_nodes(graph, node.key)),
             forwards_pass.stop_after(graph, node.key) if optimise else None,
+            *_given(graph, node),
         )
         for node in nodes(graph, ForwardNode)
     )
+
+
+def _given(
+    graph: nx.MultiDiGraph, node: ForwardNode
+) -> tuple[tuple[tuple[str, str], ...], tuple[Change, ...], tuple[tuple[str, str], ...]]:
+    """The columns that other tensors stand in for, the changes, and the tensors that those take."""
+    own: list[tuple[str, str]] = []
+    values: list[tuple[str, str]] = []
+    for slot, key in inputs(graph, node.key).items():
+        if "." in slot and not key.startswith("model/"):
+            values.append((slot, key))
+        elif slot != "model" and "." not in slot and key != f"batch/{slot}":
+            own.append((slot, key))
+    return tuple(own), node.changes, tuple(values)
 
 
 def _counted(graph: nx.MultiDiGraph, key: str) -> Counted:
@@ -114,11 +187,10 @@ def _metric(graph: nx.MultiDiGraph, stage: StageNode, metric: MetricNode, optimi
     for node in nodes(view, ForwardNode):
         view.nodes[node.key]["node"] = replace(node, grad=False)
     plans = _forwards(view, optimise)
-    taps = {plan.key: [tap.key for tap in plan.taps] for plan in plans}
     slots = inputs(view, metric.key)
     return MetricPlan(
         metric,
         plans,
-        liveness.program(view, liveness.ordered(view), slots.values(), taps, free=optimise),
+        liveness.program(view, liveness.ordered(view), slots.values(), plans, free=optimise),
         tuple(slots.items()),
     )

@@ -14,19 +14,20 @@ from gkd_dsl.models.taps import TapPath
 
 def stage_view(graph: nx.MultiDiGraph, stage: StageNode) -> nx.MultiDiGraph:
     """One stage with its objective; what only its metrics read is left out."""
-    losses = [key for slot, key in inputs(graph, stage.key).items() if slot.isdigit()]
-    return graph.subgraph({stage.key, *ancestors(graph, losses)}).copy()
+    needed = [key for slot, key in inputs(graph, stage.key).items() if not slot.startswith("metric.")]
+    return graph.subgraph({stage.key, *ancestors(graph, needed)}).copy()
 
 
 def forwards(graph: nx.MultiDiGraph, stage: StageNode) -> nx.MultiDiGraph:
     """The view of a stage in which a forward has a gradient exactly where its model is trained in that stage.
 
-    A model that is trained and also read detached runs once: `detach` is an operator.
+    A model that is trained and also read detached runs once: `detach` is an operator. A forward whose gradient is
+    taken and thrown away has one in any case.
     """
     trained = {target.name for target in stage.trains if target.kind == "model"}
     result = graph.copy()
     for node in nodes(graph, ForwardNode):
-        result.nodes[node.key]["node"] = replace(node, grad=node.model in trained)
+        result.nodes[node.key]["node"] = replace(node, grad=node.model in trained or node.discard)
     return result
 
 

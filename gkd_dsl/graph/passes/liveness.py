@@ -49,7 +49,7 @@ def from_batch(graph: nx.MultiDiGraph) -> set[str]:
 
 
 def program(
-    graph: nx.MultiDiGraph, keys: Iterable[str], keep: Iterable[str], taps: Mapping[str, Iterable[str]], free: bool
+    graph: nx.MultiDiGraph, keys: Iterable[str], keep: Iterable[str], forwards: Iterable[ForwardPlan], free: bool
 ) -> tuple[Instruction, ...]:
     """The instructions for `keys`, in their order, with what dies after each; `keep` outlives them."""
     steps: list[Instruction] = []
@@ -62,15 +62,14 @@ def program(
     if not free:
         return tuple(steps)
     kept = set(keep)
+    plans = {plan.key: plan for plan in forwards}
     last: dict[str, int] = {}
     for place, step in enumerate(steps):
-        made = list(taps[step.forward]) if isinstance(step, Run) else [step.key] if isinstance(step, Apply) else []
-        for key in made:
+        for key in made(step, plans):
             last[key] = place
-        if isinstance(step, Apply):
-            for _, source in step.inputs:
-                if source in last:
-                    last[source] = place
+        for source in reads(step, plans):
+            if source in last:
+                last[source] = place
     result: list[Instruction] = []
     for place, step in enumerate(steps):
         result.append(step)
@@ -78,6 +77,20 @@ def program(
         if dead:
             result.append(Free(tuple(dead)))
     return tuple(result)
+
+
+def made(step: Instruction, forwards: Mapping[str, ForwardPlan]) -> tuple[str, ...]:
+    """The keys that an instruction puts into the environment."""
+    if isinstance(step, Run):
+        return tuple(tap.key for tap in forwards[step.forward].taps)
+    return (step.key,) if isinstance(step, Apply) else ()
+
+
+def reads(step: Instruction, forwards: Mapping[str, ForwardPlan]) -> tuple[str, ...]:
+    """The keys of the environment that an instruction needs."""
+    if isinstance(step, Run):
+        return forwards[step.forward].reads
+    return tuple(key for _, key in step.inputs) if isinstance(step, Apply) else ()
 
 
 def estimate(

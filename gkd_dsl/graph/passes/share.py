@@ -45,5 +45,13 @@ def _identity(graph: nx.MultiDiGraph, key: str) -> object:
     if isinstance(node, TapNode):
         return ("tap", node.model, node.path, tuple(inputs(graph, key).items()))
     if isinstance(node, ForwardNode):
-        return ("forward", node.model, node.inputs, node.grad)
+        return (
+            "forward",
+            node.model,
+            node.inputs,
+            node.grad,
+            node.changes,
+            node.discard,
+            tuple(inputs(graph, key).items()),
+        )
     return None
