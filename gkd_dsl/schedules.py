@@ -7,62 +7,13 @@ needs saving. `number(1)` and arithmetic make constants of what does not change.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from gkd_dsl import aligners
-
-Unit = Literal["percent", "steps", "epochs", "tokens"]
-
-
-@dataclass(frozen=True)
-class Clock:
-    """Where a stage is, before the step about to be made.
-
-    `step` counts optimiser steps from 0; `total_steps` is fixed when the stage starts. `counters` are the values of
-    the stage's counters, `recent(loss, n)` the mean of a loss over the last n steps (NaN before there were n).
-    `seed` is the stage's, `micro` the number of the micro-batch in its step.
-    """
-
-    step: int
-    total_steps: int
-    steps_per_epoch: float
-    tokens: int = 0
-    counters: tuple[tuple[str, int], ...] = ()
-    seed: int = 0
-    micro: int = 0
-    recent: Callable[[str, int], float] | None = field(default=None, compare=False, repr=False)
-
-    @property
-    def epoch(self) -> float:
-        """Epochs of the stage so far, with their fraction."""
-        return self.step / self.steps_per_epoch if self.steps_per_epoch else 0.0
-
-
-@dataclass(frozen=True)
-class Span:
-    """A duration: `10%` of the stage, `500 steps`, `3 epochs`, `2M tokens`. A percent's amount is 10."""
-
-    amount: float
-    unit: Unit
-
-    def fraction(self, clock: Clock) -> float:
-        """How much of the duration has passed, at least 0, 1 at its end (and above after it)."""
-        if self.amount <= 0:
-            return math.inf
-        if self.unit == "percent":
-            # The last step of a stage is step total - 1; `until = 100%` ends there.
-            return clock.step / max(1.0, (clock.total_steps - 1) * self.amount / 100.0)
-        if self.unit == "steps":
-            return clock.step / self.amount
-        if self.unit == "epochs":
-            return clock.epoch / self.amount
-        return clock.tokens / self.amount
-
-    def __str__(self) -> str:
-        amount = f"{self.amount:g}"
-        return f"{amount}%" if self.unit == "percent" else f"{amount} {self.unit}"
+from gkd_dsl.clock import Clock, Span, Unit
+from gkd_dsl.conditions import AtCount, Coin, Comparison, CounterValue, Logic, Not, Recent, StageProgress
 
 
 def _between(first: float, second: float, value: float) -> float:
@@ -141,6 +92,31 @@ class StepAt:
 
 
 @dataclass(frozen=True)
+class Stairs:
+    """`count` plateaus of equal length from `start` to `end`, at equal distances; the last one is kept.
+
+    Over `100%` of a stage of n steps, plateau number floor(count * step / n) is in force at a step.
+    """
+
+    start: float
+    end: float
+    count: int
+    until: Span
+
+    def value(self, clock: Clock) -> float:
+        """The number at this step."""
+        passed = self.until.share(clock)
+        # A quotient that should be a whole number may fall just short of it.
+        place = self.count - 1 if passed >= 1.0 else min(self.count - 1, math.floor(passed * self.count + 1e-9))
+        if place == self.count - 1:
+            return self.end
+        return _between(self.start, self.end, self.start + (self.end - self.start) * place / (self.count - 1))
+
+    def __str__(self) -> str:
+        return f"stairs({self.start:g} -> {self.end:g}, count = {self.count}, until = {self.until})"
+
+
+@dataclass(frozen=True)
 class Arithmetic:
     """Two schedules joined; a division by zero is NaN."""
 
@@ -186,10 +162,26 @@ class InDrawnMap:
         return 1.0 if (self.student, self.teacher) in pairs else 0.0
 
     def __str__(self) -> str:
-        return f"drawn({self.student} <- {self.teacher}, every = {self.every:g} epochs, seed = {self.seed})"
+        return f"drawn({self.student} <- {self.teacher}, every = {Span(self.every, 'epochs')}, seed = {self.seed})"
 
 
-Schedule = Constant | Ramp | Cosine | StepAt | Arithmetic | InDrawnMap
+Schedule = (
+    Constant
+    | Ramp
+    | Cosine
+    | StepAt
+    | Stairs
+    | Arithmetic
+    | InDrawnMap
+    | Coin
+    | Comparison
+    | Logic
+    | Not
+    | CounterValue
+    | AtCount
+    | StageProgress
+    | Recent
+)
 
 
 def combine(op: Literal["+", "-", "*", "/"], left: Schedule, right: Schedule) -> Schedule:
@@ -211,18 +203,130 @@ def is_zero(schedule: Schedule) -> bool:
 
 
 def bounds(schedule: Schedule) -> tuple[float, float] | None:
-    """Numbers that the schedule never leaves, by interval arithmetic; None where a divisor may be zero."""
+    """Numbers that the schedule never leaves, by interval arithmetic; None where it may be anything, or NaN."""
     match schedule:
         case Constant(amount=amount):
             return amount, amount
-        case Ramp(start=first, end=second) | Cosine(start=first, end=second):
+        case Ramp(start=first, end=second) | Cosine(start=first, end=second) | Stairs(start=first, end=second):
             return min(first, second), max(first, second)
         case StepAt(before=first, after=second):
             return min(first, second), max(first, second)
-        case InDrawnMap():
-            return 0.0, 1.0
+        case CounterValue(start=first, stop=second):
+            return float(first), float(second)
+        case StageProgress(what=what):
+            return 0.0, 1.0 if what == "progress" else math.inf
+        case Recent():
+            return None
+        case AtCount(cases=cases):
+            return _around(cases)
+        case Arithmetic():
+            return _arithmetic(schedule)
+    return _truth(schedule)
+
+
+def _around(cases: tuple[Schedule, ...]) -> tuple[float, float] | None:
+    found = [bounds(case) for case in cases]
+    known = [limits for limits in found if limits is not None]
+    if len(known) < len(found):
+        return None
+    return min(low for low, _ in known), max(high for _, high in known)
+
+
+def _arithmetic(schedule: Arithmetic) -> tuple[float, float] | None:
     left, right = bounds(schedule.left), bounds(schedule.right)
     if left is None or right is None or (schedule.op == "/" and right[0] <= 0.0 <= right[1]):
         return None
     ends = [Arithmetic(schedule.op, Constant(a), Constant(b)).value(Clock(0, 1, 1.0)) for a in left for b in right]
-    return min(ends), max(ends)
+    return None if any(math.isnan(end) for end in ends) else (min(ends), max(ends))
+
+
+def _truth(schedule: Coin | Comparison | Logic | Not | InDrawnMap) -> tuple[float, float]:
+    """The bounds of what is 1 or 0: both, or the one of them that it always is."""
+    match schedule:
+        case Coin(p=p):
+            held = bounds(p)
+            if held is not None and (held[0] >= 1.0 or held[1] <= 0.0):
+                return (1.0, 1.0) if held[0] >= 1.0 else (0.0, 0.0)
+        case Not(of=of):
+            held = bounds(of)
+            if held is not None:
+                return 1.0 - held[1], 1.0 - held[0]
+        case Logic(op=op, left=left, right=right):
+            sides = [bounds(side) or (0.0, 1.0) for side in (left, right)]
+            pick = min if op == "and" else max
+            return pick(low for low, _ in sides), pick(high for _, high in sides)
+        case Comparison(op=op, left=left, right=right):
+            return _compared(op, bounds(left), bounds(right))
+    return 0.0, 1.0
+
+
+def _compared(op: str, left: tuple[float, float] | None, right: tuple[float, float] | None) -> tuple[float, float]:
+    if left is None or right is None:
+        return 0.0, 1.0
+    if op in (">", ">="):
+        left, right, op = right, left, {">": "<", ">=": "<="}[op]
+    apart = left[1] < right[0] or right[1] < left[0]
+    same = left == right and left[0] == left[1]
+    always, never = {
+        "<": (left[1] < right[0], left[0] >= right[1]),
+        "<=": (left[1] <= right[0], left[0] > right[1]),
+        "==": (same, apart),
+        "!=": (apart, same),
+    }[op]
+    return (1.0, 1.0) if always else (0.0, 0.0) if never else (0.0, 1.0)
+
+
+def settled(condition: Schedule) -> Schedule:
+    """A condition, as a constant where it always or never holds."""
+    held = bounds(condition)
+    return Constant(held[0]) if held is not None and held[0] == held[1] else condition
+
+
+def is_condition(schedule: Schedule) -> bool:
+    """Whether a schedule is 1 or 0 by its kind."""
+    return isinstance(schedule, Coin | Comparison | Logic | Not | InDrawnMap)
+
+
+def parts(schedule: Schedule) -> Iterator[Schedule]:
+    """A schedule and all that it is made of."""
+    yield schedule
+    for item in fields(schedule):
+        held = getattr(schedule, item.name)
+        for inner in held if isinstance(held, tuple) else (held,):
+            if isinstance(inner, Schedule):
+                yield from parts(inner)
+
+
+def counters(schedule: Schedule) -> set[str]:
+    """The names of the counters that a schedule reads."""
+    return {part.name for part in parts(schedule) if isinstance(part, CounterValue | AtCount)}
+
+
+__all__ = [
+    "Arithmetic",
+    "AtCount",
+    "Clock",
+    "Coin",
+    "Comparison",
+    "Constant",
+    "Cosine",
+    "CounterValue",
+    "InDrawnMap",
+    "Logic",
+    "Not",
+    "Ramp",
+    "Recent",
+    "Schedule",
+    "Span",
+    "StageProgress",
+    "Stairs",
+    "StepAt",
+    "Unit",
+    "bounds",
+    "combine",
+    "counters",
+    "is_condition",
+    "is_zero",
+    "parts",
+    "settled",
+]

@@ -153,3 +153,17 @@ def test_text_is_as_written():
     assert str(Ramp(0.0, 1.0, Span(10.0, "percent"))) == "ramp(0 -> 1, until = 10%)"
     assert str(StepAt(1.0, 0.5, Span(3.0, "epochs"))) == "step_at(1 -> 0.5, at = 3 epochs)"
     assert str(Cosine(1.0, 0.0, Span(500.0, "steps"))) == "cosine(1 -> 0, until = 500 steps)"
+
+
+@pytest.mark.parametrize(
+    ("span", "words"),
+    [
+        (Span(1.0, "epochs"), "1 epoch"),
+        (Span(1.0, "steps"), "1 step"),
+        (Span(2.0, "epochs"), "2 epochs"),
+        (Span(0.5, "epochs"), "0.5 epochs"),
+        (Span(1.0, "percent"), "1%"),
+    ],
+)
+def test_one_is_singular(span: Span, words: str) -> None:
+    assert str(span) == words

@@ -304,7 +304,7 @@ def _kinds(found: tuple[Schedule, ...]) -> str:
     drawn = {(by.every, by.seed) for by in found if isinstance(by, schedules.InDrawnMap)}
     if len(drawn) == 1 and all(isinstance(by, schedules.InDrawnMap) for by in found):
         every, seed = drawn.pop()
-        return f"pairs drawn every {number(every)} epochs, seed = {seed}"
+        return f"pairs drawn every {schedules.Span(every, 'epochs')}, seed = {seed}"
     return "a schedule for each"
 
 

@@ -90,7 +90,7 @@ def test_a_drawn_map_is_one_row() -> None:
     by = tuple(InDrawnMap(i, j, 2, 3, 1, 5) for i in range(2) for j in range(3))
     hand.stage("main", hand.loss("a", *atoms, by=by))
     row = stage(hand.graph, total_steps=30).weights[1]
-    assert (row.name, row.schedule) == ("a, sum over 6 terms", "pairs drawn every 1 epochs, seed = 5")
+    assert (row.name, row.schedule) == ("a, sum over 6 terms", "pairs drawn every 1 epoch, seed = 5")
     assert row.values == (1.0,) * 7  # one pair at a time
 
 
