@@ -1,0 +1,112 @@
+"""One entry a method: the models that suit it, what its losses are for equal models, and what it is left out of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from harness import Models
+
+from gkd_dsl import library
+
+_PLAIN = Models()
+ZERO, STILL = "zero", "still"
+PROPERTIES = ("padding", "parts", "slope", "extreme", "order", "left")
+
+
+@dataclass(frozen=True)
+class Case:
+    """How the harness uses a method.
+
+    equal    every loss of the method for a student that is a copy of its teacher: ZERO (value and gradient), STILL
+             (gradient alone), or in words why it is neither. Projections are the identity then.
+    models   tiny models that suit it; `call` binds them, `args` are given besides
+    raised   parameters that turn on the losses that are off by default, beside those found by themselves
+             (default 0.0); a text of None leaves one alone
+    other    a second value of a parameter where the rule of the harness finds none
+    idle     parameters that change nothing, and why
+    without  properties that cannot hold, and why
+    apart    another call of it for one property: arguments, and why
+    refused  families that the checker refuses, with the code
+    warns    warnings that the method gives by design
+    teaches  models that the method itself trains, beside the student
+    alone    why it does not combine with others by its total
+    """
+
+    equal: Mapping[str, str]
+    models: Models = _PLAIN
+    call: str = "t -> s"
+    args: str = ""
+    raised: Mapping[str, str | None] = field(default_factory=dict)
+    other: Mapping[str, str] = field(default_factory=dict)
+    idle: Mapping[str, str] = field(default_factory=dict)
+    without: Mapping[str, str] = field(default_factory=dict)
+    apart: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    refused: Mapping[str, str] = field(default_factory=dict)
+    warns: tuple[str, ...] = ()
+    teaches: tuple[str, ...] = ()
+    alone: str = ""
+
+
+_EQUAL_WIDTH = Models((4, 16, 4), (2, 16, 4))
+_LANGUAGE = Models((4, 16, 4), (2, 16, 4), "masked_lm")
+_LABELS = "it compares with the labels"
+CASES: dict[str, Case] = {
+    "distilbert": Case(
+        {"soft": ZERO, "soft_all": ZERO, "mlm": _LABELS, "cos": ZERO},
+        _LANGUAGE,
+    ),
+    "kd": Case({"hard": _LABELS, "soft": ZERO}),
+    "minilm": Case({"attn": ZERO, "value": ZERO}),
+    "minilmv2": Case({"q": ZERO, "k": ZERO, "v": ZERO}, args="heads = 8", other={"heads": "4"}),
+    "pkd": Case({"hard": _LABELS, "soft": ZERO, "patient": ZERO, "patient_last": ZERO}, _EQUAL_WIDTH),
+    "tinybert": Case(
+        {"emb": ZERO, "attn": ZERO, "hid": ZERO, "emb_separate": ZERO, "hid_separate": ZERO, "soft": STILL},
+    ),
+}  # fmt: skip
+
+# Two methods that do not go together: the code with which the checker refuses them, and why.
+REFUSED: dict[tuple[str, str], tuple[str, str]] = {}
+
+
+def full_args(method: str) -> str:
+    """Arguments with which every loss of the method is there: a weight that is 0.0 by default becomes 1.0."""
+    case, found = CASES[method], {}
+    for param in library.describe(method).params:
+        if param.type == "float" and float_or_none(param.default) == 0.0 and inside(1.0, param.within):
+            found[param.name] = "1.0"
+    found |= case.raised
+    given = {part.partition("=")[0].strip() for part in case.args.split(",")}
+    added = [f"{name} = {text}" for name, text in found.items() if text is not None and name not in given]
+    return ", ".join([case.args, *added] if case.args else added)
+
+
+def float_or_none(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def inside(value: float, within: str) -> bool:
+    """Whether a number is in a range as the method writes it."""
+    if not within:
+        return True
+    closed = "..=" in within
+    low, high = (float(end) for end in within.split("..=" if closed else "..<"))
+    return low <= value <= high if closed else low <= value < high
+
+
+def second_values(param) -> list[str]:
+    """Texts that differ from the default and stay in the range."""
+    default = float_or_none(param.default)
+    if param.type == "bool":
+        return ["false" if param.default == "true" else "true"]
+    if default is None:
+        return []
+    if param.type == "int":
+        found = [default + 1, default - 1, default + 2]
+    else:
+        found = [default / 2, default * 2, default + 1.0, default + 0.25, default - 0.25]
+    kept = [value for value in found if value != default and inside(value, param.within)]
+    return [str(int(value)) if param.type == "int" else repr(float(value)) for value in kept]
