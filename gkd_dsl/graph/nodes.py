@@ -13,10 +13,11 @@ Edges run from producer to consumer and carry `slot`, the consumer's argument na
     loss/soft, loss/tb/attn LossNode        (edges from loss-typed OpNodes, slots "0", "1", ...)
     metric/acc              MetricNode      (edges from the tensors it reads, by argument name)
     counter/k               CounterNode     (edges from the LossNodes that its condition reads, slots "0", ...)
-    policy/pi               PolicyNode      (edges from one tensor per action, slots "0", ...; from the LossNode of
-                                            its reward, slot "reward")
+    policy/pi               PolicyNode      (no inputs: an OpNode `policy` reads it, slot "block", and one tensor per
+                                            action, slots "0", ...)
     stage/main              StageNode       (edges from LossNodes "0", ...; from MetricNodes "metric.0", ...;
-                                            from the CounterNodes that its schedules read, "counter.k")
+                                            from the CounterNodes that its schedules read, "counter.k"; from the
+                                            PolicyNodes of its objective and their rewards, "policy.pi", "reward.pi")
 
 A further pass is a ForwardNode of its own. Its inputs that are not the batch's columns arrive by edges whose slot is
 the column (`input_ids`), the values of its changes by edges with the slots that the change names.
@@ -201,7 +202,8 @@ class PolicyNode(GraphNode):
     """Chooses among `actions` for each sample; trained by its own optimiser on a reward that arrives a step later.
 
     The probability of action k is sigmoid(A x_k + b), with one A and b for all; `hidden` units come between where
-    it is not 0. `features` is the width of each x_k.
+    it is not 0. `features` is the width of each x_k. `baseline` is the share of the running mean of the rewards that
+    a new reward leaves.
     """
 
     name: str
@@ -209,6 +211,7 @@ class PolicyNode(GraphNode):
     features: int
     hidden: int
     optim: OptimSpec
+    baseline: float = 0.9
 
 
 @dataclass(frozen=True)
