@@ -38,6 +38,7 @@ _NODES: dict[str, type] = {
     "op": nodes.OpNode,
     "loss": nodes.LossNode,
     "metric": nodes.MetricNode,
+    "counter": nodes.CounterNode,
     "stage": nodes.StageNode,
 }
 _VALUES: dict[str, type] = {
@@ -55,6 +56,15 @@ _VALUES: dict[str, type] = {
     "StepAt": schedules.StepAt,
     "Arithmetic": schedules.Arithmetic,
     "InDrawnMap": schedules.InDrawnMap,
+    "Stairs": schedules.Stairs,
+    "Coin": schedules.Coin,
+    "Comparison": schedules.Comparison,
+    "Logic": schedules.Logic,
+    "Not": schedules.Not,
+    "CounterValue": schedules.CounterValue,
+    "AtCount": schedules.AtCount,
+    "StageProgress": schedules.StageProgress,
+    "Recent": schedules.Recent,
     "Optim": nodes.OptimSpec,
     "Train": nodes.TrainTarget,
     "Evaluate": nodes.EvaluateSpec,
@@ -140,7 +150,7 @@ def _count_edges(graph: nx.MultiDiGraph) -> None:
                 needed = {str(number) for number in range(len(coefficients))}
             case nodes.StageNode(weights=weights):
                 needed = {str(number) for number in range(len(weights))}
-                slots = [slot for slot in slots if not slot.startswith("metric.")]
+                slots = [slot for slot in slots if not slot.startswith(("metric.", "counter.", "reward."))]
             case nodes.ForwardNode():
                 needed = {"model"}
                 slots = [slot for slot in slots if slot == "model"]
