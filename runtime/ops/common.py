@@ -38,6 +38,14 @@ def zero_where_not(mask: Tensor | None, x: Tensor) -> Tensor:
     return x if mask is None else torch.where(mask, x, x.new_zeros(()))
 
 
+def unit(x: Tensor) -> Tensor:
+    """The vectors of the last axis scaled to length 1, in fp32; a zero vector stays zero and gets no gradient."""
+    x = full(x)
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    held = length > 1e-12
+    return zero_where_not(held, x / torch.where(held, length, torch.ones_like(length)))
+
+
 def on_rows(
     compute: Callable[..., Tensor], rows: Sequence[Tensor], dims: Sequence[str] | None, valid: Tensor | None
 ) -> Tensor:
