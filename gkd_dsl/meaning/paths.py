@@ -28,7 +28,7 @@ from gkd_dsl.syntax import ast
 from gkd_dsl.text import Span
 from gkd_dsl.types import BATCH, LENGTH, TensorType
 
-SIZES = ("H", "V", "N", "A", "KV", "D", "F", "C")
+SIZES = ("H", "V", "N", "A", "KV", "D", "F", "E", "I", "C")
 PARTS = ("body", "embed", "head")
 _INPUTS = ("input_ids", "attention_mask")
 

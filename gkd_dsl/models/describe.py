@@ -14,7 +14,7 @@ from gkd_dsl.models.tokenizer import read_vocabulary
 
 TASKS: tuple[Task, ...] = get_args(Task)
 
-_ORDER = ("H", "V", "N", "A", "KV", "D", "F")
+_ORDER = ("H", "V", "N", "A", "KV", "D", "F", "E", "I")
 _USUAL = {
     "H": ("hidden_size", "d_model", "n_embd", "dim"),
     "V": ("vocab_size",),
@@ -45,6 +45,9 @@ def describe(
     """
     folder = locate(location, root=root, offline=offline)
     config = read_config(folder, location)
+    known = FAMILIES.get(str(config.get("model_type")))
+    for name in known.computed if known is not None else ():
+        config.pop(name, None)
     changed = _apply(config, overrides or {}, location)
     build = Build("hf", str(folder), overrides=_as_items(overrides, num_labels))
     return _info(location, folder, changed, build, task, num_labels)
@@ -325,11 +328,13 @@ def _sizes(
 
 def _field(config: Mapping[str, Any], family: Family | None, size: str) -> tuple[str, Any] | None:
     if family is None:
-        for name in _USUAL[size]:
+        for name in _USUAL.get(size, ()):
             if isinstance(config.get(name), int) and not isinstance(config.get(name), bool):
                 return name, config[name]
         return None
-    name = family.fields[size]
+    name = family.fields.get(size)
+    if name is None or (size == "I" and not _narrow(config, family)):
+        return None
     if size in ("KV", "D") and name in (family.fields["A"], family.fields["H"]):
         return None
     for spelling in (name, *(other for other, target in family.aliases.items() if target == name)):
@@ -337,6 +342,12 @@ def _field(config: Mapping[str, Any], family: Family | None, size: str) -> tuple
             return None if config[spelling] is None else (spelling, config[spelling])
     value = family.defaults.get(name)
     return None if value is None else (name, value)
+
+
+def _narrow(config: Mapping[str, Any], family: Family) -> bool:
+    """Whether the inside of a block has a width of its own."""
+    flag = family.inside[0] if family.inside is not None else ""
+    return bool(config.get(flag, family.defaults.get(flag)))
 
 
 def _positive(location: str, field: str, value: Any) -> int:
@@ -350,17 +361,18 @@ def _derive(
 ) -> None:
     """Fill KV, D and F from the others where the config leaves them to be derived; check that all fit."""
     if "H" in sizes and "A" in sizes:
-        width, heads = sizes["H"], sizes["A"]
+        whole = "I" if "I" in sizes else "H"
+        width, heads = sizes[whole], sizes["A"]
         # transformers refuses this for every family here but those whose head size is a field of its own
         if width % heads and ("D" not in sizes or (family is not None and family.name == "llama")):
             below = width // heads * heads
             fitting = [str(fits) for fits in (below, below + heads) if fits]
             raise ModelError(
-                f'{sources["H"]} = {width} of "{location}" is not divisible by {sources["A"]} = {heads}',
+                f'{sources[whole]} = {width} of "{location}" is not divisible by {sources["A"]} = {heads}',
                 f"{' or '.join(fitting)} is",
             )
         if "D" not in sizes:
-            sizes["D"], sources["D"] = width // heads, f"{sources['H']} / {sources['A']}"
+            sizes["D"], sources["D"] = width // heads, f"{sources[whole]} / {sources['A']}"
     if "A" in sizes:
         if not explicit_kv:
             sizes["KV"], sources["KV"] = sizes["A"], sources["A"]

@@ -379,6 +379,8 @@ def _type(info: ModelInfo, model: str, path: TapPath) -> tuple[TensorType, str |
             return dims("B", "A", "L", "L"), None
         if path.part != "attn.out":
             return dims("B", "A" if path.part == "attn.q" else "KV", "L", "D"), None
+    if path.kind == "layer" and path.part in ("attn.out", "mlp") and info.size("I") is not None:
+        return dims("B", "L", "I"), None
     if path.kind == "weight":
         return _weight_type(info, model, path.name or "")
     if path.kind == "module":
@@ -394,7 +396,8 @@ def _relative(info: ModelInfo, family: Family, name: str) -> str:
 def _weight_type(info: ModelInfo, model: str, name: str) -> tuple[TensorType, str | None]:
     family = FAMILIES.get(info.family or "")
     if family is not None and _relative(info, family, name) == family.words:
-        return TensorType("float", (info.dim("V", model), info.dim("H", model))), None
+        features = "H" if info.size("E") is None else "E"
+        return TensorType("float", (info.dim("V", model), info.dim(features, model))), None
     last = name.rpartition(".")[2]
     flat = last == "bias" or any(word in name.lower().rpartition(".")[0].rpartition(".")[2] for word in ("norm", "ln_"))
     axes = (UNMEASURED,) if flat else (UNMEASURED, UNMEASURED)

@@ -28,7 +28,10 @@ class Place:
 class Family:
     """One model family as plain data.
 
-    fields      size -> config field (H V N A KV D F)
+    fields      size -> config field (H V N A KV D F; E and I where the family has them, see `inside`)
+    inside      (flag, field): where the flag is set, attention and feed-forward work at the width of the field (I),
+                not at that of the residual stream; `E` is the width of the word embeddings where it is not H
+    computed    fields that the config class computes itself: what a saved config says of them is not read
     defaults    every config field of the family and what it is when config.json leaves it out
     aliases     other spellings that config.json may use -> field
     classes     task -> transformers class
@@ -70,6 +73,8 @@ class Family:
     row_heads: tuple[Task, ...] = ()
     causal: Mapping[str, Any] = field(default_factory=dict)
     no_pooler: str = "this family has no pooler"
+    inside: tuple[str, str] | None = None
+    computed: tuple[str, ...] = ()
 
     @property
     def post_norm(self) -> bool:

@@ -11,6 +11,7 @@ from gkd_dsl.models.resolve import list_taps, resolve_tap
 from gkd_dsl.models.taps import TapPath
 
 POST_NORM = ("bert", "roberta", "distilbert")
+BOTTLENECK = ("mobilebert",)
 
 
 def reference(tiny, inputs):
@@ -26,6 +27,7 @@ def reference(tiny, inputs):
     names = {
         "bert": ("attention.self.query", "attention.self.key", "attention.self.value"),
         "roberta": ("attention.self.query", "attention.self.key", "attention.self.value"),
+        "mobilebert": ("attention.self.query", "attention.self.key", "attention.self.value"),
         "distilbert": ("attention.q_lin", "attention.k_lin", "attention.v_lin"),
         "gpt2": ("attn.c_attn",) * 3,
         "qwen3": ("self_attn.q_norm", "self_attn.k_norm", "self_attn.v_proj"),
@@ -118,6 +120,13 @@ def test_every_tap_is_what_the_model_says_of_itself(make, batch, close, family, 
                 else (block.attention.output.LayerNorm, block.output.LayerNorm)
             )
             together = norms[1](fed + norms[0](attended + residual))
+        elif family in BOTTLENECK:
+            inside = block.attention.output.LayerNorm(attended + block.bottleneck.input(residual))
+            for stacked in block.ffn:
+                inside = stacked(inside)
+            inside = block.output.LayerNorm(fed + inside)
+            widened = block.output.bottleneck
+            together = widened.LayerNorm(widened.dense(inside) + residual)
         else:
             together = residual + attended + fed
         close(together.detach(), taps[TapPath("hidden", i + 1)], mask)
@@ -151,7 +160,7 @@ def test_sizes_from_the_config_are_those_of_the_modules(make, family, task):
     tiny = make(family, task)
     info, base, block = tiny.info, tiny.model.base_model, tiny.blocks[0]
     words = base.get_parameter(tiny.family.words)
-    assert tuple(words.shape) == (info.size("V"), info.size("H"))
+    assert tuple(words.shape) == (info.size("V"), info.size("E") or info.size("H"))
     assert len(tiny.blocks) == info.size("N")
     assert type(tiny.model).__name__ == info.architecture
     shapes = {name: tuple(p.shape) for name, p in block.named_parameters()}
@@ -166,7 +175,8 @@ def test_sizes_from_the_config_are_those_of_the_modules(make, family, task):
             if family == "distilbert"
             else "attention.self.query"
         )
-        assert tuple(q.weight.shape) == (info.size("A") * info.size("D"), info.size("H"))
+        inside = info.size("I") or info.size("H")
+        assert tuple(q.weight.shape) == (info.size("A") * info.size("D"), inside)
     if tiny.family.prefix == "model":
         assert block.self_attn.k_proj.out_features == info.size("KV") * info.size("D")
     if task == "classification":
