@@ -290,7 +290,8 @@ def _reduce(ctx: Context, scope: Scope, name: str, expr: ast.Call) -> Value:
             combined = schedules.combine("+", combined, cast(schedules.Schedule, as_schedule(item)))
         return Scheduled(schedules.combine("*", share, combined) if weighs else combined)
     if items and all(isinstance(item, Tensor) for item in items):
-        return operators.sum_tensors(ctx, scope, [cast(Tensor, item) for item in items], weighs, expr)
+        part = share.amount if weighs else 1.0
+        return operators.sum_tensors(ctx, scope, [cast(Tensor, item) for item in items], part, expr)
     kinds = sorted({kind(item) for item in items})
     return ctx.error(
         scope, "E0238", f"`{name}` takes a list of one kind, and this holds {' and '.join(kinds) or 'nothing'}",

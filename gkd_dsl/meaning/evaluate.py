@@ -7,7 +7,7 @@ from typing import Literal, cast
 
 from gkd_dsl import schedules
 from gkd_dsl.diagnostics import Label
-from gkd_dsl.meaning import calls, declare, later, operators, paths
+from gkd_dsl.meaning import calls, declare, later, operators, paths, policies
 from gkd_dsl.meaning.context import MOST, Context, replace, suggest
 from gkd_dsl.meaning.scope import Scope
 from gkd_dsl.meaning.values import (
@@ -26,6 +26,7 @@ from gkd_dsl.meaning.values import (
     Module,
     Num,
     Numbers,
+    Policy,
     PythonModule,
     Scheduled,
     TapPart,
@@ -138,6 +139,8 @@ def _attribute(ctx: Context, scope: Scope, expr: ast.Attr) -> Value:
             return operators.batch_column(ctx, scope, expr)
         case Instance():
             return _instance_member(ctx, scope, base, expr)
+        case Policy():
+            return policies.member(ctx, scope, base, expr)
         case Module():
             return _module_member(ctx, scope, base, expr)
         case PythonModule():
@@ -517,10 +520,17 @@ def _comprehension(ctx: Context, scope: Scope, expr: ast.Comprehension) -> Value
             # The same fault would be found for each element; once is enough.
             return UNKNOWN
         if weight != schedules.Constant(1.0):
-            if not isinstance(value, Loss):
-                return ctx.error(
-                    scope, "E0221", "a layer map that is drawn anew selects losses only", expr.element.span
-                )
-            value = scale(value, weight)
+            value = _weighed(ctx, scope, value, weight, expr.element)
+            if isinstance(value, Unknown):
+                return UNKNOWN
         out.append(value)
     return Items(tuple(out), iterable.count if isinstance(iterable, Drawn) else None)
+
+
+def _weighed(ctx: Context, scope: Scope, value: Value, weight: schedules.Schedule, expr: ast.Expr) -> Value:
+    """An element of a map that is drawn anew: a loss or a tensor, 0 while its pair is not drawn."""
+    if isinstance(value, Loss):
+        return scale(value, weight)
+    if isinstance(value, Tensor):
+        return operators.apply(ctx, scope, "mul", {"a": value}, {"b": weight}, expr)
+    return ctx.error(scope, "E0221", "a layer map that is drawn anew selects losses and tensors only", expr.span)

@@ -526,17 +526,17 @@ def arithmetic(ctx: Context, scope: Scope, expr: ast.Binary, left: Value, right:
     return _apply(ctx, scope, spec, tensors, values, expr, {"a": expr.left, "b": expr.right}, None, {})
 
 
-def sum_tensors(ctx: Context, scope: Scope, items: list[Tensor], mean: bool, expr: ast.Expr) -> Value:
-    """The sum (or the mean) of equal tensors."""
+def sum_tensors(ctx: Context, scope: Scope, items: list[Tensor], share: float, expr: ast.Expr) -> Value:
+    """The sum of equal tensors, times `share`."""
     total: Value = items[0]
     for item in items[1:]:
         assert isinstance(total, Tensor)
         total = apply(ctx, scope, "add", {"a": total, "b": item}, {}, expr)
         if isinstance(total, Unknown):
             return UNKNOWN
-    if mean and len(items) > 1:
+    if share != 1.0:
         assert isinstance(total, Tensor)
-        return apply(ctx, scope, "mul", {"a": total}, {"b": 1.0 / len(items)}, expr)
+        return apply(ctx, scope, "mul", {"a": total}, {"b": share}, expr)
     return total
 
 
