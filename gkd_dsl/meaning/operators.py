@@ -369,7 +369,8 @@ def _valid(
             )  # fmt: skip
         valid = mask if valid is None else _both(ctx, scope, valid, mask, expr)
     if shifts and valid is not None:
-        valid = _next_token(ctx, scope, valid, expr)
+        # The pad before a text that is padded on the left stands before its first token, and predicts nothing.
+        valid = _both(ctx, scope, valid_tokens(ctx, scope, expr), _next_token(ctx, scope, valid, expr), expr)
     labels = tensors.get("labels")
     if labels is not None and labels.type.dtype == "int":
         there = apply(ctx, scope, "not_equal", {"a": labels}, {"b": -100.0}, expr)

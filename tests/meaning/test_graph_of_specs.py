@@ -94,7 +94,7 @@ def test_a_mask_narrows_the_valid_tokens() -> None:
 def test_a_causal_model_predicts_the_next_token() -> None:
     text = 'loss soft = kl(s.logits <- t.logits, align = "trim")\n' + HARD
     checked = good(spec(text + stage("minimize soft + hard"), models=CAUSAL, data=""))
-    shifted = f"next_token(x={VALID})"
+    shifted = f"and(a={VALID}, b=next_token(x={VALID}))"
     assert parts(checked, "soft") == [f"kl(student=s/logits, teacher=detach(x=t/logits), valid={shifted})"]
     labels = "next_token(x=batch/labels)"
     assert parts(checked, "hard") == [
