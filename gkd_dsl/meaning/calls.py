@@ -25,8 +25,8 @@ from gkd_dsl.ops import registry
 from gkd_dsl.syntax import ast
 
 LATER = {
-    "coin", "random_spans", "roll", "gradient", "norm", "gate", "selector", "keep", "ids",
-    "rollout", "cached", "logit_cache", "bnb", "peft", "torchao", "evaluate",
+    "coin", "random_spans", "roll", "gradient", "norm", "gate", "keep", "ids",
+    "rollout", "cached", "logit_cache", "bnb", "peft", "torchao",
 }  # fmt: skip
 """Functions of passes, events, policies and generation: known to the checker, not run in this version."""
 
@@ -35,6 +35,7 @@ DECLARED = {
     "truncated": "a model: `student s = truncated(t, layers = [...])`",
     "random_init": 'a model: `student s = random_init("...")`',
     "linear": "a projection: `project W = linear(s.H -> t.H)`",
+    "selector": "a policy: `policy pi = selector(state[k] for k in teachers(ts)) { ... }`",
 }
 
 

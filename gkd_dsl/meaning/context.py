@@ -11,7 +11,7 @@ from gkd_dsl.diagnostics.suggest import did_you_mean
 from gkd_dsl.graph.build import GraphBuilder
 from gkd_dsl.graph.nodes import StageNode
 from gkd_dsl.meaning.scope import Scope
-from gkd_dsl.meaning.values import UNKNOWN, Instance, Model, Tensor, Value
+from gkd_dsl.meaning.values import UNKNOWN, Instance, Model, Policy, Tensor, Value
 from gkd_dsl.ops.typing import Mismatch, Typed
 from gkd_dsl.sources import SourceKind
 from gkd_dsl.syntax import ast
@@ -70,6 +70,10 @@ class Context:
     """Operators that many losses need once: the valid tokens, and a tap without its gradient."""
     typed: dict[tuple[object, ...], Typed | Mismatch] = field(default_factory=dict)
     """What was found of each call, by operator, shapes and values: layers differ in nothing else."""
+    policies: dict[str, Policy] = field(default_factory=dict)
+    """The declared policies, by the key of their node."""
+    rewards: dict[str, str | None] = field(default_factory=dict)
+    """The key of each policy's reward once it was read; None where something was reported."""
     elements: int = 0
     """Elements of comprehensions so far; a spec that asks for too many is refused."""
     depth: int = 0

@@ -7,7 +7,7 @@ from dataclasses import replace as with_changes
 
 from gkd_dsl import schedules
 from gkd_dsl.graph.nodes import LossNode, MetricNode, ProjectNode
-from gkd_dsl.meaning import data, imports, later, methods, modelling, operators, parameters, paths
+from gkd_dsl.meaning import data, imports, later, methods, modelling, operators, parameters, paths, policies
 from gkd_dsl.meaning.context import Context, replace, suggest
 from gkd_dsl.meaning.scope import Definition, Scope
 from gkd_dsl.meaning.values import (
@@ -114,7 +114,7 @@ def _declare(ctx: Context, scope: Scope, definition: Definition) -> Value:
         case ast.Counter():
             return later.counter(ctx, scope, decl)
         case ast.Policy():
-            return later.policy(ctx, scope, decl)
+            return policies.declare(ctx, scope, decl)
         case ast.DimDecl():
             return UNKNOWN
     raise AssertionError(decl)

@@ -1,4 +1,4 @@
-"""What parses and is checked here, and runs in a later version: passes, counters, policies."""
+"""What parses and is checked here, and runs in a later version: passes, counters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from gkd_dsl.meaning.values import (
     Loss,
     Model,
     Num,
-    Optimiser,
     TapPart,
     Tensor,
     Unknown,
@@ -26,8 +25,6 @@ from gkd_dsl.syntax import ast
 Change = ast.Setting | ast.Replace | ast.Swap | ast.AddTo | ast.Remap
 _PASS_SETTINGS = {"grad": ("keep", "discard")}
 _ADDED_TO, _REMAPPED = ("embed",), ("ids",)
-_SELECTOR = ("input", "actions", "hidden")
-_POLICY = ("reward", "optim")
 
 
 # --- passes -------------------------------------------------------------------------------------
@@ -189,47 +186,3 @@ def progress(ctx: Context, scope: Scope, expr: ast.Attr) -> Value:
         scope, "E0206", f"a stage has no `{expr.name.text}`", expr.name.span, label,
         notes=[f"it has: {', '.join(PROGRESS)}"], fix=replace(expr.name.span, near) if near else None,
     )  # fmt: skip
-
-
-# --- policies -----------------------------------------------------------------------------------
-
-
-def policy(ctx: Context, scope: Scope, decl: ast.Policy) -> Value:
-    """`policy pi = selector(input = ..., actions = ...) { reward = ... }`."""
-    call = decl.value
-    if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.func.id != "selector":
-        return ctx.error(
-            scope, "E0250", "a policy is a `selector(...)`", call.span,
-            "write `selector(input = ..., actions = teachers(ts))`",
-        )  # fmt: skip
-    for arg in call.args:
-        if arg.name is None or arg.name.text not in _SELECTOR:
-            label, near = suggest(arg.name.text, _SELECTOR) if arg.name is not None else ("", None)
-            span = arg.name.span if arg.name is not None else arg.span
-            ctx.error(
-                scope, "E0234", "`selector` takes named arguments" if arg.name is None
-                else f"`selector` has no argument `{arg.name.text}`", span, label,
-                notes=[f"its arguments: {', '.join(_SELECTOR)}"], fix=replace(span, near) if near else None,
-            )  # fmt: skip
-    ctx.not_yet(scope, "a policy", decl.name.span)
-    # The reward may be made of losses that the policy itself weighs, so it is read when all of them are known.
-    ctx.deferred.append(lambda: _policy_body(ctx, scope, decl, call))
-    return UNKNOWN
-
-
-def _policy_body(ctx: Context, scope: Scope, decl: ast.Policy, call: ast.Call) -> None:
-    for arg in call.args:
-        ctx.evaluate(scope, arg.value)
-    for stmt in decl.body:
-        if not isinstance(stmt, ast.Setting):
-            continue  # The parser said so.
-        if stmt.name.text not in _POLICY:
-            label, near = suggest(stmt.name.text, _POLICY)
-            ctx.error(
-                scope, "E0408", f"a policy has no setting `{stmt.name.text}`", stmt.name.span, label or "not a setting",
-                notes=[f"its settings: {', '.join(_POLICY)}"], fix=replace(stmt.name.span, near) if near else None,
-            )  # fmt: skip
-            continue
-        value = ctx.evaluate(scope, stmt.value)
-        if stmt.name.text == "optim" and not isinstance(value, Optimiser | Unknown):
-            ctx.error(scope, "E0404", f"`optim` is an optimiser, and this is {kind(value)}", stmt.value.span)

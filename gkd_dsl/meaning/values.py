@@ -204,6 +204,17 @@ class LossFunction:
 
 
 @dataclass(frozen=True)
+class Policy:
+    """A policy and its draws; its reward is read when all losses are known."""
+
+    key: str
+    name: str
+    pick: Tensor
+    decl: ast.Policy = field(compare=False)
+    scope: Scope = field(compare=False)
+
+
+@dataclass(frozen=True)
 class Batch:
     """The batch; its columns are tensors."""
 
@@ -307,6 +318,7 @@ Value = (
     | Block
     | Family
     | LossFunction
+    | Policy
     | Batch
     | Source
     | Optimiser
@@ -341,6 +353,7 @@ _KINDS: dict[type, str] = {
     Block: "a projection",
     Family: "a family",
     LossFunction: "a loss function",
+    Policy: "a policy",
     Batch: "the batch",
     Source: "a data source",
     Optimiser: "an optimiser",
