@@ -1,13 +1,15 @@
-"""Maps between the tokens of a text, made of their features; in fp32, whatever autocast says."""
+"""Maps between the tokens of a text, or between layers, made of features; in fp32, whatever autocast says."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from gkd_dsl.runtime.ops.common import full
+from gkd_dsl.runtime.ops.common import default_dims, full, mask_for, unit, zero_where_not
 from gkd_dsl.runtime.ops.registry import function
 from gkd_dsl.runtime.ops.tensors import merge_heads, split_heads
 
@@ -43,3 +45,62 @@ def relation(a: Tensor, b: Tensor, *, heads: int | None = None) -> Tensor:
 def self_relation(x: Tensor, *, heads: int | None = None) -> Tensor:
     """x x^T / sqrt(d) in each head: as `relation` of a tensor with itself."""
     return relation(x, x, heads=heads)
+
+
+@function("cosine_relation")
+def cosine_relation(x: Tensor, *, valid: Tensor | None = None) -> Tensor:
+    """Cosines between all tokens: [B, L, H] -> [B, L, L], [B, A, L, D] -> [B, A, L, L]. arXiv 2109.08359.
+
+    Tokens where `valid` (Bool[B, L]) does not hold are zero vectors, as zero vectors have the cosine 0.
+    """
+    mask = mask_for(x.shape[:-1], None, valid, False, x.device)
+    rows = unit(x if mask is None else zero_where_not(mask.unsqueeze(-1), x))
+    return _products(rows, rows, 1.0)
+
+
+@function("layer_relation")
+def layer_relation(x: Tensor) -> Tensor:
+    """Cosines between the last axis' n vectors: [..., H, n] -> [..., n, n]. arXiv 2109.08359."""
+    rows = unit(x.transpose(-1, -2))
+    return _products(rows, rows, 1.0)
+
+
+@function("relation_kl")
+def relation_kl(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    valid: Tensor | None = None,
+    temperature: float = 1.0,
+    diagonal: bool = False,
+    causal: bool = False,
+    denominator: str = "rows",
+    dims: Sequence[str] | None = None,
+) -> Tensor:
+    """KL of the rows of maps [..., n, n] twice -> [..., n], or the cells that it is the sum of. arXiv 2109.08359.
+
+    `dims` names the axes of the values; the last of a row is that of its keys too. A row without keys that count
+    gives 0.
+    """
+    names = tuple(dims) if dims is not None else default_dims(student.ndim - (denominator == "rows"))
+    cells = names if denominator == "pairs" else (*names, names[-1])
+    mask = mask_for(student.shape, cells, valid, causal, student.device)
+    if not diagonal:
+        others = ~torch.eye(student.shape[-1], dtype=torch.bool, device=student.device)
+        mask = others if mask is None else mask & others
+    log_p, log_q = (_log_rows(x, temperature, mask) for x in (teacher, student))
+    p = log_p.exp()
+    parts = p * zero_where_not(p > 0, log_p - log_q)
+    parts = zero_where_not(mask, parts)
+    return parts if denominator == "pairs" else parts.sum(-1)
+
+
+def _log_rows(x: Tensor, temperature: float, mask: Tensor | None) -> Tensor:
+    """Log-softmax over the cells that count.
+
+    The others are the least finite number, not -inf: a row of -inf alone, or -inf - (-inf), would be NaN.
+    """
+    scaled = full(x) / temperature
+    if mask is not None:
+        scaled = torch.where(mask, scaled, scaled.new_full((), torch.finfo(scaled.dtype).min))
+    return F.log_softmax(scaled, dim=-1)

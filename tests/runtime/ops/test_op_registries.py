@@ -71,7 +71,8 @@ def test_the_function_returns_the_shape_and_the_dtype_of_the_checked_type(spec, 
             elif dim == "each":
                 dims.append(Dim(f"m{name}.H", data.draw(st.integers(1, 4))))
             else:
-                width = heads * data.draw(st.integers(1, 3)) if dim == "H" else data.draw(st.integers(2, 5))
+                least = 3 if spec.name == "layer_angle" else 2
+                width = heads * data.draw(st.integers(1, 3)) if dim in ("H", "K") else data.draw(st.integers(least, 5))
                 dims.append(Dim(f"s.{dim}", sizes.setdefault(dim, width)))
         shape = [{"B": batch, "L": length}.get(dim.name, dim.size) for dim in dims]
         dtype = {"Int": "int", "Bool": "bool"}.get(slot.type, "float")
@@ -93,8 +94,10 @@ def test_the_function_returns_the_shape_and_the_dtype_of_the_checked_type(spec, 
             values["i"] = data.draw(st.integers(-sizes["n"], sizes["n"] - 1))
         elif value.name == "align":
             values["align"] = "trim" if value.required else "exact"
+        elif value.name == "denominator" and value.required:
+            values["denominator"] = "pairs"
         elif value.required:
-            values[value.name] = 2.0
+            values[value.name] = 2 if value.type == "int" else 2.0
     typed = check_call(spec, types, values)
     assert isinstance(typed, Typed), typed
     if spec.name == "project":
