@@ -49,6 +49,7 @@ class Length:
     steps_per_epoch: int
     tokens_per_step: float = 0.0
     tokens: float | None = None
+    seed: int = 0
 
     def over(self, position: Position) -> bool:
         """Whether the stage is over at this position."""
@@ -58,7 +59,7 @@ class Length:
 
     def clock(self, position: Position) -> Clock:
         """The clock of the step about to be made."""
-        return Clock(position.step, self.total_steps, float(self.steps_per_epoch), position.tokens)
+        return Clock(position.step, self.total_steps, float(self.steps_per_epoch), position.tokens, seed=self.seed)
 
 
 def length_of(stage: StageNode, loader: Loader) -> Length:
@@ -76,7 +77,7 @@ def length_of(stage: StageNode, loader: Loader) -> Length:
         tokens = stage.accumulate * sum(counts) / max(1, len(counts))
     steps = max(1, span_steps(stage.duration, 0, per_epoch, tokens))
     target = stage.duration.amount if stage.duration.unit == "tokens" else None
-    return Length(steps, per_epoch, tokens, target)
+    return Length(steps, per_epoch, tokens, target, stage.seed)
 
 
 class StageLoop:

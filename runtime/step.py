@@ -18,6 +18,7 @@ from gkd_dsl.runtime.errors import CANNOT_RUN, SHAPES, RunError
 from gkd_dsl.runtime.models.load import part_parameters
 from gkd_dsl.runtime.models.tapper import Tapper
 from gkd_dsl.runtime.ops.reduce import count_positions, reduce_loss
+from gkd_dsl.runtime.policy import Policies, Policy, make_policies
 from gkd_dsl.runtime.program import Env, Program, ShapeCheck, batch_keys
 from gkd_dsl.runtime.teachers import LiveTeachers, TeacherSource, run_taps
 from gkd_dsl.schedules import Clock
@@ -85,9 +86,12 @@ class StepModule(nn.Module):
         models: Mapping[str, PreTrainedModel],
         projections: Mapping[str, nn.Module] | None = None,
         teachers: TeacherSource | None = None,
+        policies: Mapping[str, Policy] | None = None,
     ) -> None:
         super().__init__()
         self.plan = plan
+        made = policies if policies is not None else make_policies(plan.policies, torch.device("cpu"))
+        self.policies = Policies(plan.policies, made)
         blocks = dict(projections) if projections is not None else dict(make_projections(plan.projections))
         self.trained = tuple(
             node.name
@@ -107,7 +111,7 @@ class StepModule(nn.Module):
         self._forwards = {forward.key: forward for forward in plan.forwards}
         by_key = {node.key: blocks[node.name] for node in plan.projections} | self.projections
         self._valid = Program(plan.valid_program, by_key, ())
-        self._program = Program(plan.program, by_key, plan.forwards)
+        self._program = Program(plan.program, by_key, plan.forwards, {"policy": self.policies.draw})
         self._counted = {counted.key: counted for counted in plan.counted}
         self._read_again = {
             key for item in plan.program if isinstance(item, Apply) for _, key in item.inputs if key in self._counted
@@ -254,7 +258,8 @@ class StepModule(nn.Module):
             model.train()
 
     def _wanted(self, used: Collection[str]) -> set[str]:
-        wanted = set(used)
+        # A policy chooses at every step, so that what is pending never hangs on a weight of the moment.
+        wanted = set(used) | self.policies.keys
         for key in used:
             counted = self._counted[key]
             wanted |= {name for name in (counted.valid, counted.token_weight, counted.sample_weight) if name}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -45,12 +45,14 @@ class StepResult:
     terms          each loss before its weight
     weights        the weight of each loss
     gradient_norm  the 2-norm of all gradients, before clipping
+    watched        the losses that a counter or a policy reads
     """
 
     loss: float
     terms: Mapping[str, float]
     weights: Mapping[str, float]
     gradient_norm: float
+    watched: Mapping[str, float] = field(default_factory=dict)
 
 
 class Backend(Protocol):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -129,27 +130,31 @@ class LocalBackend:
     ) -> StepResult:
         denominators = step.denominators(batches, clock)
         sums: dict[str, Tensor] = {}
+        watched: dict[str, Tensor] = {}
         weights: dict[str, float] = {}
         total: Tensor | None = None
-        for batch in batches:
+        step.policies.start()
+        for number, batch in enumerate(batches):
             with self.taps_context():
-                out = step(self.move(batch), clock, denominators)
+                out = step(self.move(batch), replace(clock, micro=number), denominators)
             if out.loss.requires_grad:
                 out.loss.backward()
             weights = out.weights
             total = out.loss.detach() if total is None else total + out.loss.detach()
-            for name, value in out.terms.items():
-                sums[name] = sums[name] + value if name in sums else value
+            for found, values in ((sums, out.terms), (watched, out.watched)):
+                for name, value in values.items():
+                    found[name] = found[name] + value if name in found else value
             del out
         if total is None:
             raise ValueError("a step needs a micro-batch")
         parameters = [parameter for _, parameter in self._named]
         norm = _gradient_norm(parameters, total)
         # One transfer from the device for all numbers of the step.
-        *values, loss, size = torch.stack(
-            [*(v.double() for v in sums.values()), total.double(), norm.double()]
+        *numbers, loss, size = torch.stack(
+            [v.double() for v in (*sums.values(), *watched.values(), total, norm)]
         ).tolist()
-        terms = dict(zip(sums, values, strict=True))
+        terms = dict(zip(sums, numbers, strict=False))
+        seen = dict(zip(watched, numbers[len(sums) :], strict=True))
         if not (math.isfinite(loss) and math.isfinite(size)):
             self._refuse(step, batches, clock, denominators, terms, weights, optimizer)
         if optim.clip is not None:
@@ -159,7 +164,8 @@ class LocalBackend:
             group["lr"] = rate
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return StepResult(loss, terms, weights, size)
+        step.policies.learn(seen, clock)
+        return StepResult(loss, terms, weights, size, seen)
 
     def _refuse(
         self,
@@ -186,9 +192,9 @@ class LocalBackend:
         parameter = next((name for name, p in self._named if not _finite(p.grad)), None)
         optimizer.zero_grad(set_to_none=True)
         term = None
-        for batch in batches:
+        for number, batch in enumerate(batches):
             with self.taps_context():
-                out = step(self.move(batch), clock, denominators)
+                out = step(self.move(batch), replace(clock, micro=number), denominators)
             term = term or self._term_at_fault(out)
         subject = f"the gradient of loss `{term}`" if term else "the gradient"
         where = f" (first at `{parameter}`)" if parameter else ""
