@@ -7,7 +7,7 @@ from dataclasses import replace as with_changes
 
 from gkd_dsl import schedules
 from gkd_dsl.graph.nodes import LossNode, MetricNode, ProjectNode
-from gkd_dsl.meaning import data, imports, later, methods, modelling, operators, parameters, paths, policies
+from gkd_dsl.meaning import counting, data, imports, later, methods, modelling, operators, parameters, paths, policies
 from gkd_dsl.meaning.context import Context, replace, suggest
 from gkd_dsl.meaning.scope import Definition, Scope
 from gkd_dsl.meaning.values import (
@@ -183,7 +183,7 @@ def _mask(ctx: Context, scope: Scope, decl: ast.MaskDecl) -> Value:
     value = paths.as_tensor(ctx, scope, ctx.evaluate(scope, decl.value), decl.value)
     if isinstance(value, Unknown):
         return UNKNOWN
-    return operators.as_mask(ctx, scope, value, decl.value)
+    return counting.as_mask(ctx, scope, value, decl.value)
 
 
 # --- losses -------------------------------------------------------------------------------------

@@ -7,8 +7,8 @@ from typing import cast
 
 from gkd_dsl import schedules
 from gkd_dsl.diagnostics import Note
-from gkd_dsl.graph.nodes import AttrValue, BatchNode, LossNode, MetricNode, OpNode
-from gkd_dsl.meaning import mismatch, paths
+from gkd_dsl.graph.nodes import AttrValue, LossNode, MetricNode, OpNode
+from gkd_dsl.meaning import counting, mismatch, paths
 from gkd_dsl.meaning.context import Context, replace, suggest
 from gkd_dsl.meaning.scope import Scope
 from gkd_dsl.meaning.values import (
@@ -33,8 +33,7 @@ from gkd_dsl.meaning.values import (
 from gkd_dsl.ops import registry
 from gkd_dsl.ops.typing import Mismatch, PairOf, Typed, bind, check_call
 from gkd_dsl.syntax import ast
-from gkd_dsl.text import Span
-from gkd_dsl.types import BATCH, LENGTH, LossType, TensorType
+from gkd_dsl.types import LossType, TensorType
 
 _COMPARE = {"==": "equal", "!=": "not_equal", "<": "less", "<=": "less_equal", ">": "greater", ">=": "greater_equal"}
 _ARITHMETIC = {"+": "add", "-": "sub", "*": "mul", "/": "div", "&": "and", "and": "and", "or": "or"}
@@ -80,7 +79,7 @@ def call(ctx: Context, scope: Scope, spec: registry.OpSpec, expr: ast.Call) -> V
                 positional.append(value)
                 places.append(arg.value)
         elif arg.name.text == _MASK and (spec.kind in ("loss", "metric") or spec.masked):
-            mask = _as_mask(ctx, scope, value, arg.value)
+            mask = counting.as_mask(ctx, scope, value, arg.value)
             bad = bad or isinstance(mask, Unknown)
         else:
             keywords[arg.name.text] = value
@@ -274,7 +273,7 @@ def _apply(
     if causal and registry.has_argument(spec, "causal") and "causal" not in values:
         values["causal"] = True
     if shifts and "labels" in tensors:
-        tensors["labels"] = _next_token(ctx, scope, tensors["labels"], expr)
+        tensors["labels"] = counting.next_token(ctx, scope, tensors["labels"], expr)
     if spec.name in ("equal", "not_equal") and isinstance(values.get("b"), int):
         values["b"] = float(cast(int, values["b"]))
     if values.get("align") == "trim" and "vocabulary" not in values:
@@ -293,7 +292,7 @@ def _apply(
     inputs = {name: tensor.key for name, tensor in tensors.items()}
     inputs.update({name: atom.key for name, atom in losses.items()})
     if spec.masked:
-        valid = _valid(ctx, scope, spec, result, tensors, losses, mask, shifts, expr)
+        valid = counting.valid(ctx, scope, spec, result, tensors, losses, mask, shifts, expr)
         if isinstance(valid, Unknown):
             return UNKNOWN
         if valid is not None:
@@ -319,129 +318,8 @@ def _apply(
         next_token=lengths > 0 and any(tensor.next_token for tensor in tensors.values()),
         causal=lengths == 2 and causal,
         from_batch=bool(tensors) and all(tensor.from_batch for tensor in tensors.values()),
+        tokens=frozenset().union(*(t.tokens for t in tensors.values())),
     )
-
-
-def _valid(
-    ctx: Context,
-    scope: Scope,
-    spec: registry.OpSpec,
-    typed: Typed,
-    tensors: Mapping[str, Tensor],
-    losses: Mapping[str, Atom],
-    mask: Tensor | None,
-    shifts: bool,
-    expr: ast.Expr,
-) -> Tensor | Unknown | None:
-    """The positions that count: valid tokens, narrowed by `mask` and by labels that are there."""
-    dims = dict(typed.attrs).get("dims")
-    names = (
-        cast("tuple[str, ...]", dims)
-        if isinstance(dims, tuple)
-        else tuple(dim.name for tensor in tensors.values() for dim in tensor.type.dims)
-    )
-    for atom in losses.values():
-        # A loss as an argument (`per_sample`, `mean_loss`) brings its own positions.
-        if mask is not None:
-            return cast(
-                Unknown,
-                ctx.error(
-                    scope, "E0234", f"`{spec.name}` of a loss has no argument `mask`", _mask_span(expr),
-                    "give the mask to the loss inside",
-                ),
-            )  # fmt: skip
-        own = ctx.builder.inputs(atom.key).get("valid")
-        if own is not None:
-            node = ctx.builder.node(own)
-            assert isinstance(node, OpNode | BatchNode)
-            return Tensor(own, cast(TensorType, node.type), from_batch=True)
-        return None
-    over_tokens = "L" in names
-    valid: Tensor | None = valid_tokens(ctx, scope, expr) if over_tokens else None
-    if mask is not None:
-        if not over_tokens and any(dim.name == "L" for dim in mask.type.dims):
-            return cast(
-                Unknown,
-                ctx.error(
-                    scope, "E0306", f"`mask` speaks of tokens, and `{spec.name}` has one value for each text here",
-                    _mask_span(expr), f"the mask is {mask.type}",
-                ),
-            )  # fmt: skip
-        valid = mask if valid is None else _both(ctx, scope, valid, mask, expr)
-    if shifts and valid is not None:
-        # The pad before a text that is padded on the left stands before its first token, and predicts nothing.
-        valid = _both(ctx, scope, valid_tokens(ctx, scope, expr), _next_token(ctx, scope, valid, expr), expr)
-    labels = tensors.get("labels")
-    if labels is not None and labels.type.dtype == "int":
-        there = apply(ctx, scope, "not_equal", {"a": labels}, {"b": -100.0}, expr)
-        assert isinstance(there, Tensor)
-        valid = there if valid is None else _both(ctx, scope, valid, there, expr)
-    return valid
-
-
-def _mask_span(expr: ast.Expr) -> Span:
-    for arg in expr.args if isinstance(expr, ast.Call) else ():
-        if arg.name is not None and arg.name.text == _MASK:
-            return arg.value.span
-    return expr.span
-
-
-def _both(ctx: Context, scope: Scope, left: Tensor, right: Tensor, expr: ast.Expr) -> Tensor:
-    if left.type.dims == (BATCH,) and right.type.dims != (BATCH,):
-        left, right = right, left
-    both = apply(ctx, scope, "and", {"a": left, "b": right}, {}, expr)
-    assert isinstance(both, Tensor), both
-    return both
-
-
-def _next_token(ctx: Context, scope: Scope, tensor: Tensor, expr: ast.Expr) -> Tensor:
-    shifted = apply(ctx, scope, "next_token", {"x": tensor}, {}, expr)
-    assert isinstance(shifted, Tensor)
-    return shifted
-
-
-def valid_tokens(ctx: Context, scope: Scope, expr: ast.Expr) -> Tensor:
-    """`attention_mask` as Bool[B, L]."""
-    made = ctx.shared.get(("valid_tokens", ""))
-    if made is not None:
-        return made
-    column = paths.column_node(ctx, "attention_mask")
-    mask = Tensor(column, TensorType("int", (BATCH, LENGTH)), from_batch=True)
-    valid = apply(ctx, scope, "valid_tokens", {"x": mask}, {}, expr)
-    assert isinstance(valid, Tensor)
-    ctx.shared["valid_tokens", ""] = valid
-    return valid
-
-
-def _as_mask(ctx: Context, scope: Scope, value: Value, expr: ast.Expr) -> Value:
-    if not isinstance(value, Tensor) or value.type.dtype == "float":
-        what = str(value.type) if isinstance(value, Tensor) else kind(value)
-        return ctx.error(
-            scope,
-            "E0304",
-            f"`mask` is true or false for each position, and this is {what}",
-            expr.span,
-            "compare with something: `batch.labels != -100`",
-        )
-    if not value.from_batch:
-        return ctx.error(
-            scope,
-            "E0305",
-            "a mask is made of the batch, and this one depends on a model",
-            expr.span,
-            notes=[
-                "the number of positions that count must be known before the first forward;"
-                " weight them instead: `token_weight = ...` or `select(...)`"
-            ],
-        )
-    if value.type.dtype == "int":
-        return apply(ctx, scope, "not_equal", {"a": value}, {"b": 0.0}, expr)
-    return value
-
-
-def as_mask(ctx: Context, scope: Scope, value: Value, expr: ast.Expr) -> Value:
-    """The value of a `mask` declaration: Bool, computed from the batch alone."""
-    return _as_mask(ctx, scope, value, expr)
 
 
 def _one_atom(ctx: Context, scope: Scope, loss: Loss, expr: ast.Expr) -> Atom | None:
@@ -567,7 +445,9 @@ def project(ctx: Context, scope: Scope, value: Tensor, block: Block, expr: ast.P
     ctx.builder.add(OpNode(key, "project", (), type_, locations=(ctx.location(scope, expr.span),)))
     ctx.builder.connect(value.key, key, "x")
     ctx.builder.connect(block.key, key, "block")
-    return Tensor(key, type_, value.carries | {block.key}, value.reads, value.next_token, value.causal)
+    return Tensor(
+        key, type_, value.carries | {block.key}, value.reads, value.next_token, value.causal, tokens=value.tokens
+    )
 
 
 def batch_column(ctx: Context, scope: Scope, expr: ast.Attr) -> Value:
@@ -591,7 +471,7 @@ def batch_column(ctx: Context, scope: Scope, expr: ast.Attr) -> Value:
             notes=[f"its columns: {', '.join(columns)}"], fix=replace(expr.name.span, near) if near else None,
         )  # fmt: skip
     key = paths.column_node(ctx, name, columns[name])
-    return Tensor(key, columns[name], from_batch=True)
+    return Tensor(key, columns[name], from_batch=True, tokens=frozenset({paths.column_node(ctx, "attention_mask")}))
 
 
-__all__ = ["apply", "arithmetic", "as_mask", "as_schedule", "batch_column", "call", "call_python", "index", "project"]
+__all__ = ["apply", "arithmetic", "as_schedule", "batch_column", "call", "call_python", "index", "project"]

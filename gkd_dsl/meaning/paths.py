@@ -189,6 +189,7 @@ def as_tensor(ctx: Context, scope: Scope, value: Value, expr: ast.Expr) -> Value
         reads=frozenset({model.name}),
         next_token=model.info.causal and resolved.path.kind == "logits",
         causal=lengths == 2 and model.info.causal,
+        tokens=frozenset({column_node(ctx, "attention_mask")}),
     )
     return detached(ctx, scope, tensor, expr) if ctx.detaching else tensor
 

@@ -125,6 +125,7 @@ class Tensor:
     next_token    its L axis predicts the next token (the logits of a causal model)
     causal        a map over two L axes where keys after the query do not count
     from_batch    computed from the batch alone
+    tokens        keys of the attention masks of the texts that it is computed from; none: those of the batch
     """
 
     key: str
@@ -134,6 +135,7 @@ class Tensor:
     next_token: bool = False
     causal: bool = False
     from_batch: bool = False
+    tokens: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
