@@ -21,7 +21,7 @@ from gkd_dsl.runtime.errors import CHECKPOINT, RunError, writing
 
 FORMAT = 1
 _STATE, _SPEC, _OPTIMIZER, _PROJECTIONS = "state.json", "spec.json", "optimizer.safetensors", "projections.safetensors"
-_MODEL = "model.{}.safetensors"
+_MODEL, _POLICIES = "model.{}.safetensors", "policies.safetensors"
 _KEEP = 2
 
 
@@ -54,6 +54,7 @@ class State:
     optimizer    tensors by `what/parameter`
     rng          see `rng.get_state`
     spec         the fields of the plan, see `fingerprint`
+    policies     all of the state of each policy, by `name/what/parameter`
     """
 
     position: Position
@@ -62,6 +63,7 @@ class State:
     optimizer: dict[str, Tensor] = field(default_factory=dict)
     rng: dict[str, Any] = field(default_factory=dict)
     spec: dict[str, str] = field(default_factory=dict)
+    policies: dict[str, Tensor] = field(default_factory=dict)
 
 
 def module_tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -187,6 +189,8 @@ def read(folder: Path) -> State:
             safetensors.torch.load_file(folder / _OPTIMIZER),
             data["rng"],
             json.loads((folder / _SPEC).read_text(encoding="utf-8")),
+            # Checkpoints of specs without policies have no such file.
+            safetensors.torch.load_file(folder / _POLICIES) if (folder / _POLICIES).is_file() else {},
         )
     except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
         raise RunError(CHECKPOINT, f"the checkpoint {folder} cannot be read: {error}") from error
@@ -199,6 +203,8 @@ def _write(folder: Path, state: State) -> None:
         _save(folder / files[name], tensors)
     _save(folder / _PROJECTIONS, state.projections)
     _save(folder / _OPTIMIZER, state.optimizer)
+    if state.policies:
+        _save(folder / _POLICIES, state.policies)
     _save_json(folder / _SPEC, state.spec)
     data = {
         "format": FORMAT,

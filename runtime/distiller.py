@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gkd_dsl.graph.plan import StagePlan
 from gkd_dsl.runtime.extensions import load_extensions
+from gkd_dsl.runtime.policy import make_policies
 from gkd_dsl.runtime.step import Batch, StepModule
 from gkd_dsl.schedules import Clock
 
@@ -30,7 +33,8 @@ class Distiller:
 
     `models` are the models of the stage by their names in the spec, on one device. The trained ones are put in train
     mode, the others in eval mode; what the stage does not train has `requires_grad` False until `close`, which the
-    end of a `with` block calls. `projections` (by name) are made unless given. `root` is the folder that paths of the
+    end of a `with` block calls. Policies have optimisers of their own: `step_to` ends the step before, and hands them
+    the reward of all its batches. `projections` (by name) are made unless given. `root` is the folder that paths of the
     user's own operators start from.
 
     Raises KeyError for a model of the stage that is missing.
@@ -49,12 +53,14 @@ class Distiller:
             raise KeyError(f"the stage `{plan.name}` needs the model `{missing[0]}`")
         load_extensions(plan, root if root is not None else Path.cwd())
         self.plan = plan
-        self.module = StepModule(plan, models, projections)
         first = next(iter(models.values()))
+        self.policies = make_policies(plan.policies, first.device, plan.stage.seed)
+        self.module = StepModule(plan, models, projections, policies=self.policies)
         for block in self.module.projections.values():
             block.to(device=first.device)
         self.module.train()
-        self._clock = Clock(0, 1, 1.0)
+        self._clock = Clock(0, 1, 1.0, seed=plan.stage.seed)
+        self._watched: dict[str, float] | None = None
         self._terms: dict[str, Tensor] = {}
         self._weights: dict[str, float] = {}
 
@@ -68,6 +74,10 @@ class Distiller:
         counts = denominators if denominators is not None else self.denominators([batch])
         out = self.module(batch, self._clock, counts)
         self._terms, self._weights = out.terms, out.weights
+        self._clock = replace(self._clock, micro=self._clock.micro + 1)
+        if self.plan.policies and torch.is_grad_enabled():
+            seen = self._watched or {}
+            self._watched = {name: seen.get(name, 0.0) + float(value) for name, value in out.watched.items()}
         return out.loss
 
     @property
@@ -103,7 +113,11 @@ class Distiller:
 
         `steps_per_epoch` matters to durations in epochs (one epoch unless given), `tokens` to those in tokens.
         """
-        self._clock = Clock(step, total, steps_per_epoch if steps_per_epoch is not None else float(total), tokens)
+        if self._watched is not None:
+            self.module.policies.learn(self._watched, self._clock)
+            self._watched = None
+        per_epoch = steps_per_epoch if steps_per_epoch is not None else float(total)
+        self._clock = Clock(step, total, per_epoch, tokens, seed=self.plan.stage.seed)
 
     def close(self) -> None:
         """Give every parameter the `requires_grad` that it had before."""

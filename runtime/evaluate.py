@@ -15,6 +15,7 @@ from gkd_dsl.graph.plan import ForwardPlan, MetricPlan, StagePlan
 from gkd_dsl.models.resolve import last_needed
 from gkd_dsl.runtime import metrics
 from gkd_dsl.runtime.models.tapper import Tapper
+from gkd_dsl.runtime.policy import Policies, Policy
 from gkd_dsl.runtime.program import Env, Program, batch_keys, plain
 from gkd_dsl.runtime.step import Batch
 from gkd_dsl.runtime.teachers import run_taps
@@ -35,14 +36,22 @@ class Evaluator:
     """Computes metrics: every model in eval mode, no gradient, one forward a model and batch for all of them."""
 
     def __init__(
-        self, plan: StagePlan, models: Mapping[str, PreTrainedModel], projections: Mapping[str, nn.Module]
+        self,
+        plan: StagePlan,
+        models: Mapping[str, PreTrainedModel],
+        projections: Mapping[str, nn.Module],
+        policies: Mapping[str, Policy] | None = None,
     ) -> None:
         self._plans = {item.metric.name: item for item in plan.metrics}
         used = {forward.model for item in plan.metrics for forward in item.forwards}
         self._models = {node.name: models[node.name] for node in plan.models if node.name in used}
         self._tappers = {node.name: Tapper(models[node.name], node.info) for node in plan.models if node.name in used}
         blocks = {node.key: projections[node.name] for node in plan.projections} | dict(projections)
-        self._programs = {name: Program(item.program, blocks, item.forwards) for name, item in self._plans.items()}
+        # A policy chooses here as it does in training, and learns nothing.
+        chooses = {"policy": Policies(plan.policies, policies, keep=False).draw} if policies else {}
+        self._programs = {
+            name: Program(item.program, blocks, item.forwards, chooses) for name, item in self._plans.items()
+        }
         self._valid = Program(plan.valid_program, blocks, ())
 
     @torch.no_grad()
@@ -57,9 +66,9 @@ class Evaluator:
         for model in self._models.values():
             model.eval()
         try:
-            for batch in batches:
+            for number, batch in enumerate(batches):
                 with backend.taps_context():
-                    self._update(plans, forwards, accumulators, backend.move(batch), clock)
+                    self._update(plans, forwards, accumulators, backend.move(batch), replace(clock, micro=number))
         finally:
             for name in training:
                 self._models[name].train()

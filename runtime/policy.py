@@ -76,7 +76,7 @@ class Policy:
     def draw(self, step: Apply, env: Env, clock: Clock, *, keep: bool = True) -> Tensor:
         """The choices 0/1 for each sample and action, Float[B, K], without gradient.
 
-        The same step draws the same again. With `keep` they wait for their reward.
+        The same step draws the same again. With `keep` they wait for their reward, unless gradients are off.
         """
         found = [env[key].detach().float() for slot, key in step.inputs if slot.isdigit()]
         states = torch.stack(found, dim=1)
@@ -84,7 +84,7 @@ class Policy:
             chance = self.selector(states).sigmoid()
         drawn = torch.rand(chance.shape, generator=generator(step.key, clock)).to(chance.device)
         actions = (drawn < chance).float()
-        if keep:
+        if keep and torch.is_grad_enabled():
             self._drawn.append((states, actions))
         return actions
 

@@ -38,9 +38,11 @@ def evaluate_run(checked: Checked, folder: Path, checkpoint: str = "last") -> di
         loader = run.loader(plan)
         models = {node.name: run.model(node.name) for node in plan.models}
         run.make_projections(plan)
+        run.make_policies(plan)
         total = length_of(plan.stage, loader).total_steps
-        clock = Clock(total, total, float(loader.steps_per_epoch(plan.stage.accumulate)))
-        evaluator = Evaluator(plan, models, run.projections)
+        per_epoch = float(loader.steps_per_epoch(plan.stage.accumulate))
+        clock = Clock(total, total, per_epoch, seed=plan.stage.seed)
+        evaluator = Evaluator(plan, models, run.projections, run.policies)
         found[plan.name] = dict(evaluator(names, loader.held_out(), run.backend, clock))
     if not found:
         raise RunError(CANNOT_RUN, "this spec has no metric", "declare one: `metric acc = accuracy(...)`")

@@ -27,6 +27,7 @@ from gkd_dsl.runtime.interrupt import StopRequest
 from gkd_dsl.runtime.logs import RunLog, evaluations
 from gkd_dsl.runtime.loop import Loader, StageLoop, length_of
 from gkd_dsl.runtime.models.load import load, load_tokenizer
+from gkd_dsl.runtime.policy import Policy, make_policies
 from gkd_dsl.runtime.records import EvaluateRecord, Listener, StageRecord, StepRecord
 from gkd_dsl.runtime.run_folder import RunFolder
 from gkd_dsl.runtime.step import StepModule, make_projections
@@ -75,6 +76,7 @@ class Run:
             name: self.backend.place(model) for name, model in (models or {}).items()
         }
         self.projections: dict[str, nn.Module] = {}
+        self.policies: dict[str, Policy] = {}
         self.loaders: dict[str, Loader] = {}
         self._given, self._listeners = loaders, tuple(listeners)
         self._infos, self._seeds = _models(plan)
@@ -128,14 +130,14 @@ class Run:
         if name not in self.models:
             info = self._infos[name]
             base = info.build.base
-            if info.build.kind == "truncated" and base is not None and base not in self._infos:
+            if base is not None and base not in self._infos:
                 # The plan leaves out a model that no stage runs.
-                self._infos[base] = describe(info.path or info.location)
+                self._infos[base] = info.build.origin or describe(info.path or info.location)
                 self._seeds[base] = self._seeds[name]
-            if info.build.kind == "truncated" and base is not None:
+            if base is not None:
                 self.model(base)
             self.models[name] = self.backend.place(load(info, models=self.models, seed=self._seeds[name]))
-            if info.build.kind == "truncated":
+            if base is not None:
                 self._changed.add(name)
         return self.models[name]
 
@@ -150,15 +152,20 @@ class Run:
             )
         models = {node.name: self.model(node.name) for node in plan.models}
         self.make_projections(plan)
-        step = StepModule(plan, models, {node.name: self.projections[node.name] for node in plan.projections})
+        self.make_policies(plan)
+        blocks = {node.name: self.projections[node.name] for node in plan.projections}
+        step = StepModule(plan, models, blocks, policies=self.policies)
         self._changed |= set(step.trained)
         self.backend.begin(step, plan.stage.optim)
         position = state.position if state is not None else Position(plan.name, plan.stage.order)
         try:
             if state is not None:
                 self.backend.load_optimizer_state(state.optimizer)
-            elif self.folder is not None:
-                self.folder.checkpoints.drop_best()
+            else:
+                for policy in self.policies.values():
+                    policy.forget()
+                if self.folder is not None:
+                    self.folder.checkpoints.drop_best()
             record = StageRecord(
                 plan.name,
                 plan.stage.order,
@@ -177,7 +184,7 @@ class Run:
                 self.backend,
                 position,
                 length,
-                evaluator=Evaluator(plan, models, step.projections),
+                evaluator=Evaluator(plan, models, step.projections, self.policies),
                 listeners=listeners,
                 save=self._save,
                 restore_best=self._restore_best,
@@ -213,6 +220,11 @@ class Run:
         device = self.backend.device
         self.projections |= {name: block.to(device) for name, block in made.items()}
 
+    def make_policies(self, plan: StagePlan) -> None:
+        """Make the policies of a stage that no earlier one made."""
+        new = [item for item in plan.policies if item.node.name not in self.policies]
+        self.policies |= make_policies(new, self.backend.device, plan.stage.seed)
+
     def _tensors(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
         models = {name: checkpoint.module_tensors(self.models[name]) for name in sorted(self._changed)}
         blocks = {
@@ -231,7 +243,14 @@ class Run:
                     for name, tensors in {**models, "": blocks}.items()
                 }
             return
-        state = State(position, models, blocks, self.backend.optimizer_state(), rng.get_state(), self._fingerprint)
+        policies = {
+            f"{name}/{what}": value
+            for name, policy in self.policies.items()
+            for what, value in policy.tensors().items()
+        }
+        state = State(
+            position, models, blocks, self.backend.optimizer_state(), rng.get_state(), self._fingerprint, policies
+        )
         self.folder.checkpoints.save(state, best=best)
 
     def _restore_best(self, position: Position) -> None:
@@ -280,10 +299,14 @@ class Run:
         for plan in self.plan.stages:
             if plan.stage.order <= state.position.order:
                 self.make_projections(plan)
+                self.make_policies(plan)
         for name in state.models:
             self.model(name)
         self._changed |= set(state.models)
         self._load(state.models, state.projections)
+        for name, policy in self.policies.items():
+            prefix = f"{name}/"
+            policy.load({key.removeprefix(prefix): v for key, v in state.policies.items() if key.startswith(prefix)})
 
     def _load(self, models: Mapping[str, Mapping[str, Tensor]], blocks: Mapping[str, Tensor]) -> None:
         for name, tensors in models.items():
