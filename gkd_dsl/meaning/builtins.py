@@ -8,7 +8,7 @@ from typing import cast
 
 from gkd_dsl import aligners, schedules
 from gkd_dsl.graph.nodes import OptimSpec
-from gkd_dsl.meaning import paths
+from gkd_dsl.meaning import conditions, counters, paths
 from gkd_dsl.meaning.context import Context, replace, suggest
 from gkd_dsl.meaning.scope import Scope
 from gkd_dsl.meaning.values import (
@@ -32,11 +32,12 @@ from gkd_dsl.meaning.values import (
     as_schedule,
     kind,
     plain,
+    shown,
 )
 from gkd_dsl.syntax import ast
 
 ALIGNERS = ("uniform", "last", "first", "skip", "stride", "all_pairs", "random_sorted")
-SCHEDULES = ("ramp", "cosine", "step_at", "constant")
+SCHEDULES = ("ramp", "cosine", "step_at", "stairs", "constant")
 OPTIMISERS = ("adamw", "sgd")
 
 
@@ -83,7 +84,9 @@ def _word_or_value(ctx: Context, scope: Scope, arg: ast.Arg, words: tuple[str, .
 
 
 def _schedule(ctx: Context, scope: Scope, name: str, expr: ast.Call) -> Value:
-    keyword = {"ramp": ("until",), "cosine": ("until",), "step_at": ("at",), "constant": ()}[name]
+    keyword = {
+        "ramp": ("until",), "cosine": ("until",), "step_at": ("at",), "stairs": ("until", "count"), "constant": (),
+    }[name]  # fmt: skip
     parts = _arguments(ctx, scope, name, expr, keyword)
     if parts is None:
         return UNKNOWN
@@ -93,7 +96,7 @@ def _schedule(ctx: Context, scope: Scope, name: str, expr: ast.Call) -> Value:
         if amount is None:
             return ctx.error(scope, "E0224", "`constant` takes one number", expr.span)
         return Scheduled(amount)
-    form = f"{name}(0 -> 1, {keyword[0]} = 10%)"
+    form = f"{name}(0 -> 1, {keyword[0]} = 10%)" if name != "stairs" else "stairs(0 -> 1, count = 5, until = 100%)"
     if len(positional) != 1 or not isinstance(positional[0][0], Directed):
         fix = None
         if len(positional) == 2 and all(isinstance(value, Num) for value, _ in positional):
@@ -115,10 +118,30 @@ def _schedule(ctx: Context, scope: Scope, name: str, expr: ast.Call) -> Value:
     length, written = named[keyword[0]]
     if not isinstance(length, Length):
         return _needs_duration(ctx, scope, f"`{keyword[0]}`", length, written)
+    if name == "stairs":
+        return _stairs(ctx, scope, numbers, length.span, named.get("count"), expr)
     kinds: dict[str, type[schedules.Ramp | schedules.Cosine | schedules.StepAt]] = {
         "ramp": schedules.Ramp, "cosine": schedules.Cosine, "step_at": schedules.StepAt,
     }  # fmt: skip
     return Scheduled(kinds[name](numbers[0], numbers[1], length.span))
+
+
+def _stairs(
+    ctx: Context,
+    scope: Scope,
+    ends: list[float],
+    until: schedules.Span,
+    given: tuple[Value, ast.Expr] | None,
+    expr: ast.Call,
+) -> Value:
+    if given is None:
+        return ctx.error(scope, "E0235", "`stairs` needs `count`", expr.span, "its number of plateaus: `count = 5`")
+    count, written = given
+    if not isinstance(count, Num) or not isinstance(count.value, int) or count.value < 2:
+        return ctx.error(
+            scope, "E0403", f"`count` is a whole number from 2 on, and this is {shown(count)}", written.span
+        )
+    return Scheduled(schedules.Stairs(ends[0], ends[1], count.value, until))
 
 
 def _needs_duration(ctx: Context, scope: Scope, what: str, value: Value, written: ast.Expr) -> Value:
@@ -235,27 +258,13 @@ def _teachers(ctx: Context, scope: Scope, name: str, expr: ast.Call) -> Value:
 # --- lists --------------------------------------------------------------------------------------
 
 
-def _recent(ctx: Context, scope: Scope, name: str, expr: ast.Call) -> Value:
-    """`mean(loss, last = 100 steps)` in the condition of a counter: known in a run only."""
-    from gkd_dsl.meaning.evaluate import as_loss
-
-    parts = _arguments(ctx, scope, name, expr, ("last",))
-    if parts is None or len(parts[0]) != 1:
-        return UNKNOWN
-    as_loss(ctx, scope, *parts[0][0])
-    length, written = parts[1]["last"]
-    if not isinstance(length, Length):
-        return _needs_duration(ctx, scope, "`last`", length, written)
-    return UNKNOWN
-
-
 def _reduce(ctx: Context, scope: Scope, name: str, expr: ast.Call) -> Value:
     """`sum(...)` and `mean(...)` of a list: numbers, schedules, losses or tensors."""
     from gkd_dsl.meaning import operators
     from gkd_dsl.meaning.evaluate import scale
 
-    if ctx.monitoring and len(expr.args) == 2 and expr.args[1].name is not None:
-        return _recent(ctx, scope, name, expr)
+    if name == "mean" and len(expr.args) == 2 and expr.args[1].name is not None and expr.args[1].name.text == "last":
+        return counters.recent(ctx, scope, expr)
     if len(expr.args) != 1 or expr.args[0].name is not None:
         return ctx.error(
             scope, "E0224", f"`{name}` takes one list", expr.span, f"write `{name}(... for (i, j) in pairs)`"
@@ -370,6 +379,8 @@ BUILTINS: dict[str, Callable[[Context, Scope, str, ast.Call], Value]] = {
     **dict.fromkeys(OPTIMISERS, _optimiser),
     "groups": _groups,
     "teachers": _teachers,
+    "gate": conditions.gate,
+    "coin": conditions.coin,
     "sum": _reduce,
     "mean": _reduce,
 }

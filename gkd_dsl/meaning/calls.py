@@ -25,7 +25,7 @@ from gkd_dsl.ops import registry
 from gkd_dsl.syntax import ast
 
 LATER = {
-    "coin", "random_spans", "roll", "gradient", "norm", "gate", "keep", "ids",
+    "random_spans", "roll", "gradient", "norm", "keep", "ids",
     "rollout", "cached", "logit_cache", "bnb", "peft", "torchao",
 }  # fmt: skip
 """Functions of passes, events, policies and generation: known to the checker, not run in this version."""

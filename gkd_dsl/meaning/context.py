@@ -56,8 +56,10 @@ class Context:
     detaching: bool = False
     model_unknown: bool = False
     methods_only: bool = False
-    monitoring: bool = False
-    """While the condition of a counter is read, where `stage.progress` and `mean(x, last = ...)` are known."""
+    monitoring: str | None = None
+    """The name of the counter whose condition is being read, where `mean(x, last = ...)` is known."""
+    coins: dict[tuple[object, ...], str] = field(default_factory=dict)
+    """The names of coins, by where each is written and for which element."""
     deferred: list[Callable[[], None]] = field(default_factory=list)
     """Checks that wait until every declaration has its value."""
     using: list[ast.MethodDecl] = field(default_factory=list)

@@ -7,7 +7,19 @@ from dataclasses import replace as with_changes
 
 from gkd_dsl import schedules
 from gkd_dsl.graph.nodes import LossNode, MetricNode, ProjectNode
-from gkd_dsl.meaning import counting, data, imports, later, methods, modelling, operators, parameters, paths, policies
+from gkd_dsl.meaning import (
+    counters,
+    counting,
+    data,
+    imports,
+    later,
+    methods,
+    modelling,
+    operators,
+    parameters,
+    paths,
+    policies,
+)
 from gkd_dsl.meaning.context import Context, replace, suggest
 from gkd_dsl.meaning.scope import Definition, Scope
 from gkd_dsl.meaning.values import (
@@ -112,7 +124,7 @@ def _declare(ctx: Context, scope: Scope, definition: Definition) -> Value:
         case ast.Pass():
             return later.further_pass(ctx, scope, decl)
         case ast.Counter():
-            return later.counter(ctx, scope, decl)
+            return counters.declare(ctx, scope, decl)
         case ast.Policy():
             return policies.declare(ctx, scope, decl)
         case ast.DimDecl():

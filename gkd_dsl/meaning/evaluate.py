@@ -7,13 +7,14 @@ from typing import Literal, cast
 
 from gkd_dsl import schedules
 from gkd_dsl.diagnostics import Label
-from gkd_dsl.meaning import calls, declare, later, operators, paths, policies
+from gkd_dsl.meaning import calls, conditions, declare, operators, paths, policies
 from gkd_dsl.meaning.context import MOST, Context, replace, suggest
 from gkd_dsl.meaning.scope import Scope
 from gkd_dsl.meaning.values import (
     UNKNOWN,
     Batch,
     Block,
+    Condition,
     Directed,
     Drawn,
     Family,
@@ -127,8 +128,8 @@ def _names_here(scope: Scope) -> list[str]:
 
 
 def _attribute(ctx: Context, scope: Scope, expr: ast.Attr) -> Value:
-    if ctx.monitoring and isinstance(expr.base, ast.Name) and expr.base.id == "stage" and scope.find("stage") is None:
-        return later.progress(ctx, scope, expr)
+    if isinstance(expr.base, ast.Name) and expr.base.id == "stage" and scope.find("stage") is None:
+        return conditions.progress(ctx, scope, expr)
     base = ctx.evaluate(scope, expr.base)
     match base:
         case Unknown():
@@ -239,8 +240,8 @@ def _unary(ctx: Context, scope: Scope, expr: ast.Unary) -> Value:
     match value:
         case Unknown():
             return UNKNOWN
-        case Truth() if expr.op == "not":
-            return Truth(not value.value)
+        case Truth() | Condition() | Scheduled() if expr.op == "not" and (held := conditions.negated(value)):
+            return held
         case Tensor() if expr.op == "not":
             return operators.apply(ctx, scope, "not", {"x": value}, {}, expr)
         case Num() if expr.op == "-":
@@ -279,17 +280,22 @@ def _binary(ctx: Context, scope: Scope, expr: ast.Binary) -> Value:
     if isinstance(left, Length) or isinstance(right, Length):
         return _unit(ctx, scope, expr, left, right)
     if isinstance(left, Loss) or isinstance(right, Loss):
+        for side, written in ((left, expr.left), (right, expr.right)):
+            if isinstance(side, Condition):
+                return conditions.as_weight(ctx, scope, side, written)
         return _loss_arithmetic(ctx, scope, expr, left, right)
     if isinstance(left, Tensor) or isinstance(right, Tensor):
         return operators.arithmetic(ctx, scope, expr, left, right)
+    for side, written in ((left, expr.left), (right, expr.right)):
+        if isinstance(side, Condition) and expr.op in _ARITHMETIC:
+            return conditions.as_weight(ctx, scope, side, written)
     if expr.op in _ARITHMETIC:
         return _number_arithmetic(ctx, scope, expr, left, right)
     if isinstance(left, Num) and isinstance(right, Num) and expr.op in ("==", "!=", "<", "<=", ">", ">="):
         a, b = left.value, right.value
         return Truth({"==": a == b, "!=": a != b, "<": a < b, "<=": a <= b, ">": a > b, ">=": a >= b}[expr.op])
-    if isinstance(left, Truth) and isinstance(right, Truth) and expr.op in ("and", "or", "&"):
-        return Truth(left.value or right.value if expr.op == "or" else left.value and right.value)
-    return _unfit(ctx, scope, expr, left, right)
+    made = conditions.compared(expr, left, right) or conditions.joined(ctx, scope, expr, left, right)
+    return _unfit(ctx, scope, expr, left, right) if made is None else made
 
 
 def _unfit(ctx: Context, scope: Scope, expr: ast.Binary, left: Value, right: Value, code: str = "E0213") -> Value:

@@ -1,4 +1,4 @@
-"""What parses and is checked here, and runs in a later version: passes, counters."""
+"""What parses and is checked here, and runs in a later version: passes."""
 
 from __future__ import annotations
 
@@ -7,17 +7,13 @@ from gkd_dsl.meaning.context import Context, replace, suggest
 from gkd_dsl.meaning.scope import Scope
 from gkd_dsl.meaning.values import (
     UNKNOWN,
-    Items,
     Layers,
-    Loss,
     Model,
-    Num,
     TapPart,
     Tensor,
     Unknown,
     Value,
     kind,
-    shown,
 )
 from gkd_dsl.models.resolve import TOP
 from gkd_dsl.syntax import ast
@@ -146,43 +142,3 @@ def _exchange(ctx: Context, scope: Scope, base: Model, change: ast.Replace | ast
         )  # fmt: skip
         return False
     return True
-
-
-# --- counters -----------------------------------------------------------------------------------
-
-
-def counter(ctx: Context, scope: Scope, decl: ast.Counter) -> Value:
-    """`counter k from 1 to s.N advance when ...`: a number that steps up when its condition holds."""
-    start: Value = UNKNOWN
-    for place, expr in enumerate((decl.start, decl.stop)):
-        value = ctx.evaluate(scope, expr)
-        if not isinstance(value, Unknown) and not (isinstance(value, Num) and isinstance(value.value, int)):
-            ctx.error(scope, "E0210", f"a counter runs between whole numbers, and this is {shown(value)}", expr.span)
-        elif place == 0:
-            start = value
-    ctx.deferred.append(lambda: _condition(ctx, scope, decl, start))
-    return ctx.not_yet(scope, "a counter", decl.name.span)
-
-
-def _condition(ctx: Context, scope: Scope, decl: ast.Counter, start: Value) -> None:
-    before, ctx.monitoring = ctx.monitoring, True
-    try:
-        value = ctx.evaluate(scope.child(**{decl.name.text: start}), decl.when)
-    finally:
-        ctx.monitoring = before
-    if isinstance(value, Num | Loss | Tensor | TapPart | Items):
-        ctx.error(scope, "E0213", f"a counter advances when something holds, and this is {kind(value)}", decl.when.span)
-
-
-PROGRESS = ("progress", "step", "epoch")
-
-
-def progress(ctx: Context, scope: Scope, expr: ast.Attr) -> Value:
-    """`stage.progress` in the condition of a counter: known in a run only."""
-    if expr.name.text in PROGRESS:
-        return UNKNOWN
-    label, near = suggest(expr.name.text, PROGRESS)
-    return ctx.error(
-        scope, "E0206", f"a stage has no `{expr.name.text}`", expr.name.span, label,
-        notes=[f"it has: {', '.join(PROGRESS)}"], fix=replace(expr.name.span, near) if near else None,
-    )  # fmt: skip

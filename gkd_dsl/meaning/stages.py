@@ -5,7 +5,7 @@ from __future__ import annotations
 from gkd_dsl import schedules
 from gkd_dsl.diagnostics import Label
 from gkd_dsl.graph.nodes import EvaluateSpec, OptimSpec, SourceSpec, StageNode
-from gkd_dsl.meaning import imports, policies, settings, stage_checks
+from gkd_dsl.meaning import counters, imports, policies, settings, stage_checks
 from gkd_dsl.meaning.context import Context
 from gkd_dsl.meaning.declare import named_loss, value_of
 from gkd_dsl.meaning.evaluate import as_loss
@@ -106,6 +106,7 @@ def _one(ctx: Context, outer: Scope, decl: ast.Stage, name: str) -> None:
         ctx.builder.connect(f"metric/{metric}", node.key, f"metric.{slot}")
     policies.connect(ctx, node.key, terms)
     ctx.stages.append(node)
+    counters.connect(ctx, node)
     stage_checks.held_out(ctx, scope, decl, source)
     stage_checks.batch(ctx, scope, decl, node, source)
 

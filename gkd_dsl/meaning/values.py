@@ -88,6 +88,13 @@ class Scheduled:
 
 
 @dataclass(frozen=True)
+class Condition:
+    """Something that holds or does not at each step: `i < k`, `stage.progress >= 0.5`."""
+
+    schedule: schedules.Schedule
+
+
+@dataclass(frozen=True)
 class Model:
     """A model of the spec, or a further pass of one (`forward` is then its own forward)."""
 
@@ -312,6 +319,7 @@ Value = (
     | Drawn
     | Length
     | Scheduled
+    | Condition
     | Model
     | TapPart
     | Layers
@@ -347,6 +355,7 @@ _KINDS: dict[type, str] = {
     Drawn: "a layer map",
     Length: "a duration",
     Scheduled: "a schedule",
+    Condition: "a condition",
     Model: "a model",
     TapPart: "a part of a model",
     Layers: "layers of a model",
@@ -374,6 +383,8 @@ def kind(value: Value) -> str:
     """What a value is, in words: "a loss", "a number"."""
     if isinstance(value, Length):
         return "a percentage" if value.span.unit == "percent" else f"a duration in {value.span.unit}"
+    if isinstance(value, Scheduled) and isinstance(value.schedule, schedules.CounterValue):
+        return "a counter"
     return _KINDS[type(value)]
 
 

@@ -22,9 +22,9 @@ LATER = {
         "a cached teacher", "the source `rollout`", "`backend = gemini`", "`placement = offload`",
         "`shard_param_frac` of the gemini backend",
     },
-    "sid": {"a counter", "`gate`"},
+    "sid": set(),
     "takd": set(),
-    "theseus": {"a further pass", "`coin`"},
+    "theseus": {"a further pass"},
     "uncertainty": set(),
 }  # fmt: skip
 
