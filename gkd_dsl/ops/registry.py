@@ -10,10 +10,10 @@ from gkd_dsl.ops.spec import Kind, OpSpec
 
 @cache
 def _table() -> dict[str, OpSpec]:
-    from gkd_dsl.ops import contrast, losses, masks, metrics, relations, tensors
+    from gkd_dsl.ops import angles, choice, contrast, losses, masks, metrics, relations, tensors
 
     table: dict[str, OpSpec] = {}
-    for module in (losses, contrast, tensors, relations, masks, metrics):
+    for module in (losses, angles, contrast, tensors, relations, choice, masks, metrics):
         for spec in module.OPS:
             if spec.name in table:
                 raise ValueError(f"two operators are called `{spec.name}`")

@@ -27,10 +27,20 @@ def function(name: str, *, replace: bool = False) -> Callable[[_F], _F]:
 
 def functions() -> dict[str, Operator]:
     """Every operator's function by name, the user's included. The dictionary is a copy."""
-    from gkd_dsl.runtime.ops import arithmetic, contrast, distances, divergences, masks, relations, tensors
+    from gkd_dsl.runtime.ops import (
+        angles,
+        arithmetic,
+        choice,
+        contrast,
+        distances,
+        divergences,
+        masks,
+        relations,
+        tensors,
+    )
 
     # Importing the modules is what fills the table.
-    assert all((arithmetic, contrast, distances, divergences, masks, relations, tensors))
+    assert all((angles, arithmetic, choice, contrast, distances, divergences, masks, relations, tensors))
     return dict(_FUNCTIONS)
 
 
