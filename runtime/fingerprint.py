@@ -39,6 +39,11 @@ def _stage(plan: StagePlan) -> dict[str, str]:
             found[item.name] = _digest(value)
         elif item.name in ("models", "projections", "metrics", "columns"):
             _flatten(item.name, value, found)
+        elif item.name == "policies":
+            for policy in plan.policies:
+                _flatten(f"policy `{policy.node.name}`", policy.node, found)
+                reward = next(loss for loss in plan.monitored if loss.name == policy.reward)
+                found[f"reward of `{policy.node.name}`"] = _digest(reward)
     return found
 
 

@@ -100,7 +100,7 @@ def _ranks(drawing: Drawing) -> dict[str, int]:
     for key, shape in shapes.items():
         if shape == "forward":
             ranks[key] = 0
-        elif shape in ("tap", "project", "batch"):
+        elif shape in ("tap", "project", "policy", "batch"):
             ranks[key] = 1
         elif shape == "op":
             ranks[key] = max(2, ranks[key])

@@ -18,6 +18,7 @@ from gkd_dsl.graph.nodes import (
     MetricNode,
     ModelNode,
     OpNode,
+    PolicyNode,
     ProjectNode,
     StageNode,
     TapNode,
@@ -25,7 +26,7 @@ from gkd_dsl.graph.nodes import (
 from gkd_dsl.graph.passes.liveness import from_batch
 from gkd_dsl.schedules import Constant, Schedule
 
-Shape = Literal["forward", "tap", "op", "project", "batch", "loss", "metric", "stage"]
+Shape = Literal["forward", "tap", "op", "project", "policy", "batch", "loss", "metric", "stage"]
 Tone = Literal["frozen", "trained", "plain"]
 
 MOST_ALONE = 3
@@ -149,7 +150,7 @@ def _coarse(view: nx.MultiDiGraph, members: list[list[str]]) -> list[list[str]]:
 
 
 def _importance(node: GraphNode) -> int:
-    order = (StageNode, LossNode, ForwardNode, TapNode, OpNode, ProjectNode, MetricNode, BatchNode)
+    order = (StageNode, LossNode, ForwardNode, TapNode, OpNode, ProjectNode, PolicyNode, MetricNode, BatchNode)
     return next(place for place, kind in enumerate(order) if isinstance(node, kind))
 
 
@@ -160,7 +161,7 @@ def _homes(view: nx.MultiDiGraph) -> dict[str, str]:
         node = data["node"]
         if isinstance(node, ForwardNode | TapNode):
             home[key] = f"model/{node.model}"
-        elif isinstance(node, ProjectNode):
+        elif isinstance(node, ProjectNode | PolicyNode):
             home[key] = "blocks"
         elif isinstance(node, BatchNode):
             home[key] = "batch"
@@ -199,6 +200,9 @@ def _box(view: nx.MultiDiGraph, group: Sequence[str], home: dict[str, str], trai
             name = family_name([node.name for node in found]) + times
             kind, lines = "project", (name, f"{first.in_features} -> {first.out_features}")
             tone = "trained" if ("project", first.name) in trained else "frozen"
+        case PolicyNode():
+            actions = f"{first.features} -> 1, for each of {first.actions} actions"
+            kind, lines, tone = "policy", (f"policy {first.name}", actions), "trained"
         case BatchNode():
             kind, lines = "batch", (first.column, shape(first.type))
         case LossNode():
@@ -275,6 +279,8 @@ def _label(view: nx.MultiDiGraph, target: str, slot: str) -> str:
     reader = view.nodes[target]["node"]
     if isinstance(reader, StageNode) and slot.isdigit():
         return _factor(reader.weights[int(slot)])
+    if isinstance(reader, StageNode) and slot.startswith("reward."):
+        return f"reward of {slot.removeprefix('reward.')}"
     if isinstance(reader, LossNode):
         return _factor(reader.coefficients[int(slot)])
     return ""
@@ -300,7 +306,9 @@ def _groups(
     found: list[Group] = []
     for key in sorted({box.group for box in boxes if box.group}, key=natural):
         if key == "blocks":
-            found.append(Group(key, "projections", "blocks", "trained"))
+            shapes = {box.shape for box in boxes if box.group == key}
+            title = {frozenset({"project"}): "projections", frozenset({"policy"}): "policies"}
+            found.append(Group(key, title.get(frozenset(shapes), "projections, policies"), "blocks", "trained"))
         elif key == "batch":
             found.append(Group(key, "batch", "batch", "plain"))
         elif key.startswith("model/"):

@@ -90,6 +90,18 @@ class ForwardRow:
 
 
 @dataclass(frozen=True)
+class PolicyRow:
+    """A policy that chooses in the objective. `reward` is as the user wrote it; the rest is that of its node."""
+
+    name: str
+    actions: int
+    features: int
+    hidden: int
+    reward: str
+    optim: str
+
+
+@dataclass(frozen=True)
 class StageExplanation:
     """One stage. `live_bytes` is the most that taps and results of operators hold at once, in fp32."""
 
@@ -113,6 +125,7 @@ class StageExplanation:
     accumulate: int
     length: int
     live_bytes: int
+    policies: tuple[PolicyRow, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -209,6 +222,7 @@ def _stage(
         accumulate=stage.accumulate,
         length=tokens,
         live_bytes=liveness.estimate(plan.program, plan.forwards, texts, tokens),
+        policies=tuple(_policies(graph, plan)),
     )
 
 
@@ -425,6 +439,14 @@ def _merged(graph: nx.MultiDiGraph) -> dict[str, int]:
     }
 
 
+def _policies(graph: nx.MultiDiGraph, plan: StagePlan) -> Iterable[PolicyRow]:
+    for policy in plan.policies:
+        node = policy.node
+        reward = access.node(graph, f"loss/{policy.reward}")
+        assert isinstance(reward, LossNode)
+        yield PolicyRow(node.name, node.actions, node.features, node.hidden, reward.text, optim_words(node.optim))
+
+
 def _trains(plan: StagePlan) -> Iterable[str]:
     blocks = {block.name: block for block in plan.projections}
     for target in plan.stage.trains:
@@ -467,4 +489,6 @@ def _made(model: ModelNode) -> str:
     if build.kind == "truncated":
         layers = f" {indices(build.layers)}" if build.layers else ""
         return f"layers{layers} of {build.base}"
+    if build.kind == "headed":
+        return f"body of {build.base}, new head"
     return "loaded"

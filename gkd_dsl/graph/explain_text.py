@@ -47,7 +47,7 @@ def _stage(stage: StageExplanation, console: Console) -> None:
         [(f.model, "yes" if f.gradient else "no", f.extent, ", ".join(f.taps), str(f.hooks)) for f in stage.forwards],
     )
     shared = list(stage.shared)
-    shared += [f"{', '.join(group)} read the same logits" for group in stage.same_logits]
+    shared += [f"{', '.join(group)} read the same logits" for group in stage.same_logits if len(group) > 1]
     if shared:
         _heading(console, "shared")
         _lines(console, shared)
@@ -64,6 +64,15 @@ def _stage(stage: StageExplanation, console: Console) -> None:
     ]
     if stage.metrics:
         facts.append(("evaluates", ", ".join(stage.metrics)))
+    for policy in stage.policies:
+        layers = f"{policy.hidden} hidden units, " if policy.hidden else ""
+        facts.append(
+            (
+                f"policy {policy.name}",
+                f"{policy.actions} actions, each on {policy.features} features, {layers}reward {policy.reward} of the "
+                f"next step; {policy.optim}",
+            )
+        )
     size = _bytes(stage.live_bytes)
     facts.append(("memory", f"{size} of taps and results at most, in fp32, for {stage.batch} x {stage.length} tokens"))
     _table(console, (), facts)

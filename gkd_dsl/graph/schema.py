@@ -39,6 +39,7 @@ _NODES: dict[str, type] = {
     "loss": nodes.LossNode,
     "metric": nodes.MetricNode,
     "counter": nodes.CounterNode,
+    "policy": nodes.PolicyNode,
     "stage": nodes.StageNode,
 }
 _VALUES: dict[str, type] = {
@@ -142,7 +143,7 @@ def _count_edges(graph: nx.MultiDiGraph) -> None:
         if len(set(slots)) != len(slots):
             raise ValueError(f"{key}: a slot is filled twice: {sorted(slots)}")
         match node:
-            case nodes.ModelNode() | nodes.BatchNode() | nodes.ProjectNode():
+            case nodes.ModelNode() | nodes.BatchNode() | nodes.ProjectNode() | nodes.PolicyNode():
                 needed: set[str] | None = set()
             case nodes.TapNode():
                 needed = {"forward"}
@@ -150,7 +151,7 @@ def _count_edges(graph: nx.MultiDiGraph) -> None:
                 needed = {str(number) for number in range(len(coefficients))}
             case nodes.StageNode(weights=weights):
                 needed = {str(number) for number in range(len(weights))}
-                slots = [slot for slot in slots if not slot.startswith(("metric.", "counter.", "reward."))]
+                slots = [slot for slot in slots if not slot.startswith(("metric.", "counter.", "policy.", "reward."))]
             case nodes.ForwardNode():
                 needed = {"model"}
                 slots = [slot for slot in slots if slot == "model"]

@@ -14,6 +14,7 @@ from gkd_dsl.graph.nodes import (
     LossNode,
     MetricNode,
     OpNode,
+    PolicyNode,
     StageNode,
     TapNode,
 )
@@ -25,7 +26,8 @@ def verify(graph: nx.MultiDiGraph) -> None:
 
     It has no cycle; a key is its node's; a slot is filled once; a tap hangs on one forward of its model; a
     loss reads loss-typed operators, one for each coefficient; a stage has one loss for each weight; what counts
-    (`valid`) is computed from the batch alone.
+    (`valid`) is computed from the batch alone; a policy reads nothing, chooses among as many states as it has actions,
+    and has its reward in each stage that it chooses in.
     """
     if not nx.is_directed_acyclic_graph(graph):
         cycle = [edge[0] for edge in nx.find_cycle(graph)]
@@ -44,13 +46,32 @@ def verify(graph: nx.MultiDiGraph) -> None:
     for stage in nodes(graph, StageNode):
         slots = {slot: key for slot, key in inputs(graph, stage.key).items() if slot.isdigit()}
         _numbered(graph, stage.key, len(stage.weights), slots, lambda node: isinstance(node, LossNode))
+        _policies(graph, stage.key)
     for op in (*nodes(graph, OpNode), *nodes(graph, MetricNode)):
         slots = inputs(graph, op.key)
         valid = slots.get("valid")
         if valid is not None:
             _from_batch(graph, op.key, valid)
+        if isinstance(op, OpNode) and op.op == "policy":
+            block = graph.nodes[slots.get("block", op.key)]["node"]
+            count = block.actions if isinstance(block, PolicyNode) else -1
+            if set(slots) != {"block", *(str(number) for number in range(count))} or graph.in_degree(block.key):
+                raise GraphError(op.key, f"a policy has the inputs {slots}")
         if isinstance(op, OpNode) and op.op == "project" and set(slots) != {"x", "block"}:
             raise GraphError(op.key, f"a projection has the inputs {slots}")
+
+
+def _policies(graph: nx.MultiDiGraph, stage: str) -> None:
+    slots = inputs(graph, stage)
+    for slot, key in slots.items():
+        kind, _, name = slot.partition(".")
+        if kind == "policy":
+            node = graph.nodes[key]["node"]
+            reward = slots.get(f"reward.{name}")
+            if not isinstance(node, PolicyNode) or node.name != name:
+                raise GraphError(stage, f"slot {slot} holds {key}")
+            if reward is None or not isinstance(graph.nodes[reward]["node"], LossNode):
+                raise GraphError(stage, f"the policy {name} has the reward {reward}")
 
 
 def _is_loss(node: object) -> bool:

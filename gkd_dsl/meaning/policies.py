@@ -5,7 +5,7 @@ from __future__ import annotations
 import networkx as nx
 
 from gkd_dsl import schedules
-from gkd_dsl.graph.nodes import OpNode, OptimSpec, PolicyNode
+from gkd_dsl.graph.nodes import OpNode, OptimSpec, PolicyNode, StageNode
 from gkd_dsl.meaning import paths
 from gkd_dsl.meaning.context import Context, replace, suggest
 from gkd_dsl.meaning.scope import Scope
@@ -76,7 +76,13 @@ def member(ctx: Context, scope: Scope, policy: Policy, expr: ast.Attr) -> Value:
     )  # fmt: skip
 
 
-def connect(ctx: Context, stage: str, losses: list[tuple[schedules.Schedule, NamedLoss]]) -> None:
+def connect(
+    ctx: Context,
+    scope: Scope,
+    decl: ast.Stage,
+    stage: StageNode,
+    losses: list[tuple[schedules.Schedule, NamedLoss]],
+) -> None:
     """Put into a stage the policies that choose in its objective, each with the loss of its reward."""
     if not ctx.policies:
         return
@@ -87,8 +93,22 @@ def connect(ctx: Context, stage: str, losses: list[tuple[schedules.Schedule, Nam
     for key, policy in ctx.policies.items():
         reward = _reward(ctx, policy) if key in read else None
         if reward is not None:
-            ctx.builder.connect(key, stage, f"policy.{policy.name}")
-            ctx.builder.connect(reward, stage, f"reward.{policy.name}")
+            ctx.builder.connect(key, stage.key, f"policy.{policy.name}")
+            ctx.builder.connect(reward, stage.key, f"reward.{policy.name}")
+        elif key not in read:
+            _metrics(ctx, scope, decl, stage, policy)
+
+
+def _metrics(ctx: Context, scope: Scope, decl: ast.Stage, stage: StageNode, policy: Policy) -> None:
+    """A metric reads the choices of a policy only where the objective does."""
+    for name in dict.fromkeys(name for spec in stage.evaluate for name in spec.metrics):
+        if policy.key in nx.ancestors(ctx.builder.graph, f"metric/{name}"):
+            at = next(stmt for stmt in decl.body if isinstance(stmt, ast.Evaluate))
+            ctx.error(
+                scope, "E0253", f"the metric `{name}` reads the policy `{policy.name}`, which does not choose in stage "
+                f"`{stage.name}`", at.span, "evaluated here", notes=["no loss that this stage minimises reads it"],
+            )  # fmt: skip
+            return
 
 
 def _arguments(ctx: Context, scope: Scope, call: ast.Call) -> tuple[list[Tensor] | None, int | None]:

@@ -104,7 +104,7 @@ def _one(ctx: Context, outer: Scope, decl: ast.Stage, name: str) -> None:
         ctx.builder.connect(loss.key, node.key, str(slot))
     for slot, metric in enumerate(dict.fromkeys(m for spec in evaluations for m in spec.metrics)):
         ctx.builder.connect(f"metric/{metric}", node.key, f"metric.{slot}")
-    policies.connect(ctx, node.key, terms)
+    policies.connect(ctx, scope, decl, node, terms)
     ctx.stages.append(node)
     counters.connect(ctx, node)
     stage_checks.held_out(ctx, scope, decl, source)
