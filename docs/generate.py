@@ -1,4 +1,4 @@
-"""Write the reference pages from the tables of the code: `python docs/generate.py`.
+"""Write the reference pages from the tables of the code: `python docs/generate.py`, or those of a folder below `docs/`.
 
 A block of text below a comment `<!-- output of: gkd ... -->`, in any page, is written anew from that command, run
 in the folder of the project; the page of benchmarks ends with the tables of `benchmarks/results/`. Every page is a
@@ -38,6 +38,9 @@ from gkd_dsl.ops.spec import OpSpec
 from gkd_dsl.sources import COMMON, SOURCES, SourceArg
 
 DOCS = Path(__file__).resolve().parent
+sys.path.insert(0, str(DOCS))
+pages_methods = importlib.import_module("pages_methods")
+sys.path.remove(str(DOCS))
 
 _RESULTS = "<!-- results -->"
 _SHOWN = re.compile(r"(<!-- output of: (gkd [^\n]*?) -->\n```\w+\n).*?(^```$)", re.M | re.S)
@@ -93,8 +96,7 @@ def pages() -> dict[str, str]:
         "reference/methods.md": methods(),
         "reference/cli.md": command_line(),
     }
-    for info in library.library():
-        found[f"methods/{info.name}.md"] = method(info)
+    found.update(pages_methods.pages())
     found["images/sentence_encoder.svg"] = _output("gkd graph examples/sentence_encoder.gkd --format svg")
     found["benchmarks.md"] = benchmarks((DOCS / "benchmarks.md").read_text(encoding="utf-8"))
     found.update(shown(found))
@@ -347,45 +349,9 @@ def methods() -> str:
         "| --- | --- | --- | --- |",
     ]
     for info in found:
-        paper = f"[{info.arxiv}](https://arxiv.org/abs/{info.arxiv}), {info.venue}"
+        paper = f"[{info.arxiv}](https://arxiv.org/abs/{info.arxiv}), {info.venue}" if info.arxiv else info.venue
         cells = (f"[`{info.name}`](../methods/{info.name}.md)", _cell(info.title), _cell(paper), _cell(info.taps))
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def method(info: library.MethodInfo) -> str:
-    """One method: paper, equation, parameters, and its file."""
-    lines = [
-        f"# {info.title}",
-        "",
-        f"{info.paper}. {info.venue}, [arXiv {info.arxiv}](https://arxiv.org/abs/{info.arxiv}).",
-        "",
-    ]
-    lines += ["```text", info.equation, "```", "", info.remarks, ""]
-    models = ", ".join(f"{role} `{name}`" for role, name in info.roles)
-    lines += [f"- models: {models}", f"- losses: {', '.join(f'`{name}`' for name in info.losses)}, `total`"]
-    lines += [
-        f"- stages: {', '.join(f'`{name.strip()}`' for name in info.stages.split(','))}",
-        f"- compares: {info.taps}",
-        "",
-    ]
-    if getattr(info, "needs", ""):
-        lines.insert(-1, f"- needs: {info.needs}")
-    lines += ["| parameter | type | default | range | |", "| --- | --- | --- | --- | --- |"]
-    for param in info.params:
-        within = f"`{param.within}`" if param.within else ""
-        lines.append(f"| `{param.name}` | {param.type} | `{param.default}` | {within} | {_cell(param.doc)} |")
-    lines += ["", "## To use it", "", "```gkd", info.example.rstrip(), "```", ""]
-    lines += [
-        "`run m` runs the stages of the paper. To weight the losses in a stage of your own, leave `run m` out and "
-        f"minimise `m` (its total) or one of its losses, such as `m.{info.losses[0]}`.",
-        "",
-        "## The file",
-        "",
-        "```gkd",
-        library.method_text(info.name).rstrip(),
-        "```",
-    ]
     return "\n".join(lines)
 
 
@@ -468,18 +434,23 @@ def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
 
 
-def write(folder: Path = DOCS) -> list[str]:
-    """Write every page; gives the paths of those that changed."""
+def write(folder: Path = DOCS, only: str = "") -> list[str]:
+    """Write every page whose path begins with `only`; gives the paths of those that changed."""
     changed = []
     for path, text in pages().items():
+        if not path.startswith(only):
+            continue
         target = folder / path
         if not target.is_file() or target.read_text(encoding="utf-8") != text:
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_text(text, encoding="utf-8")
             changed.append(path)
+    config = DOCS.parent / "mkdocs.yml"
+    if folder == DOCS and "methods/".startswith(only):
+        config.write_text(pages_methods.navigation(config.read_text(encoding="utf-8")), encoding="utf-8")
     return changed
 
 
 if __name__ == "__main__":
-    for name in write():
+    for name in write(only=sys.argv[1] if len(sys.argv) > 1 else ""):
         print(f"wrote docs/{name}")

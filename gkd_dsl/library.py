@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections import Counter
-from dataclasses import asdict, dataclass
-from functools import lru_cache
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from typing import Any
 
-from gkd_dsl.graph.passes import compile_plan
-from gkd_dsl.graph.plan import ForwardPlan, StagePlan
-from gkd_dsl.meaning.check import check_text
 from gkd_dsl.meaning.imports import library as names
 from gkd_dsl.meaning.imports import library_folder
 from gkd_dsl.syntax import ast, parse
@@ -33,33 +27,8 @@ class MethodParam:
 
 
 @dataclass(frozen=True)
-class ForwardCost:
-    """What a stage asks of one model: how many of its blocks run (of how many), and the taps by kind."""
-
-    model: str
-    trains: bool
-    blocks: int
-    of: int
-    taps: tuple[tuple[str, int], ...]
-
-    def __str__(self) -> str:
-        counts = ", ".join(f"{count} x {kind}" for kind, count in self.taps)
-        run = "whole" if self.blocks == self.of else f"{self.blocks} of {self.of} blocks"
-        return f"{self.model} ({'forward and backward' if self.trains else 'forward'}, {run}): {counts}"
-
-
-@dataclass(frozen=True)
-class StageCost:
-    """What a stage runs in a step, over the specimen pair; `projected` parameters train beside the student's."""
-
-    stage: str
-    forwards: tuple[ForwardCost, ...]
-    projected: int
-
-
-@dataclass(frozen=True)
 class MethodInfo:
-    """A method: its header and its parameters."""
+    """A method: its header and its signature. `several` are the formals that may hold a list of models."""
 
     name: str
     title: str
@@ -73,12 +42,14 @@ class MethodInfo:
     needs: str
     remarks: str
     roles: tuple[tuple[str, str], ...]
+    several: tuple[str, ...]
     params: tuple[MethodParam, ...]
     losses: tuple[str, ...]
+    total: bool
 
     def as_dict(self) -> dict[str, object]:
-        """For JSON."""
-        return {**asdict(self), "example": self.example, "costs": [asdict(cost) for cost in costs(self.name)]}
+        """For JSON: what the file says."""
+        return asdict(self)
 
     @property
     def labelled(self) -> bool:
@@ -86,37 +57,20 @@ class MethodInfo:
         return "labelled" in self.needs
 
     @property
-    def example(self) -> str:
-        """A spec to copy: it checks once the three paths are those of two models that fit and a file of rows."""
-        data = 'csv("train.csv", text = "text", label = "label")' if self.labelled else 'text("corpus.txt")'
-        lines = ["gkd 1", f'import "gkd:{self.name}" use {self.name}', ""]
-        lines += ['teacher t = hf("path/to/teacher")', 'student s = hf("path/to/student")', f"data texts = {data}", ""]
-        lines += [f"use {self.name}(t -> s) as m", "run m"]
-        return "\n".join(lines) + "\n"
+    def short_venue(self) -> str:
+        """The venue up to its year: "NeurIPS 2019"."""
+        found = re.match(r"(.*?\b(?:19|20)\d\d)\b", self.venue)
+        return found[1] if found else self.venue
 
-    def page(self) -> str:
-        """What `gkd methods NAME` prints."""
-        head = f"{self.name}: {self.title}"
-        lines = [head, "=" * len(head), "", f"{self.paper}", f"{self.venue}, arXiv {self.arxiv}", ""]
-        lines += [f"minimises  {self.equation}", f"losses     {', '.join(self.losses)}"]
-        lines += [f"taps       {self.taps}", f"stages     {self.stages}", f"needs      {self.needs}", ""]
-        if self.remarks:
-            lines += [self.remarks, ""]
-        width = max((len(param.name) for param in self.params), default=0)
-        lines.append("parameters")
-        for param in self.params:
-            within = f" in {param.within}" if param.within else ""
-            lines.append(f"  {param.name:{width}}  {param.type} = {param.default}{within}")
-            if param.doc:
-                lines.append(f"  {'':{width}}  {param.doc}")
-        lines += ["", f"a step of each stage, {SPECIMEN}"]
-        for cost in costs(self.name):
-            lines.append(f"  {cost.stage}")
-            lines += [f"    {forward}" for forward in cost.forwards]
-            if cost.projected:
-                lines.append(f"    projections: {cost.projected:,} parameters")
-        lines += ["", "to use it", "", *(f"  {line}" if line else "" for line in self.example.splitlines())]
-        return "\n".join(lines)
+    @property
+    def stage_names(self) -> tuple[str, ...]:
+        """The names of its stages, as the header gives them."""
+        return tuple(re.findall(r"[A-Za-z_]\w*", re.sub(r"\(.*?\)|\[.*?\]", "", self.stages)))
+
+    @property
+    def reference(self) -> str:
+        """Where it was published, with its number on arXiv where it has one."""
+        return ", ".join(part for part in (self.venue, f"arXiv {self.arxiv}" if self.arxiv else "") if part)
 
 
 def method_text(name: str) -> str:
@@ -132,7 +86,7 @@ def describe(name: str) -> MethodInfo:
     text = method_text(name)
     file, _ = parse(Source(f"gkd:{name}", text))
     method = next(item for item in file.items if isinstance(item, ast.MethodDecl) and item.name.text == name)
-    title, fields, remarks = _header(text)
+    title, said, remarks = header(text)
     roles = tuple((formal.role, formal.name.text) for formal in method.formals if formal.role is not None)
     params = tuple(
         MethodParam(
@@ -145,9 +99,17 @@ def describe(name: str) -> MethodInfo:
         for formal in method.formals
         if formal.type is not None
     )
-    losses = tuple(stmt.name.text for stmt in method.body if isinstance(stmt, ast.LossDecl))
-    said = {field: fields.get(field, "") for field in FIELDS}
-    return MethodInfo(name=name, title=title, remarks=remarks, roles=roles, params=params, losses=losses, **said)
+    return MethodInfo(
+        name=name,
+        title=title,
+        remarks=remarks,
+        roles=roles,
+        several=tuple(_several(method, [name for _, name in roles])),
+        params=params,
+        losses=tuple(dict.fromkeys(stmt.name.text for stmt in method.body if isinstance(stmt, ast.LossDecl))),
+        total=any(isinstance(stmt, ast.Total) for stmt in method.body),
+        **{field: said.get(field, "") for field in FIELDS},
+    )
 
 
 def library() -> list[MethodInfo]:
@@ -155,67 +117,56 @@ def library() -> list[MethodInfo]:
     return [describe(name) for name in names()]
 
 
-SPECIMEN = "a teacher of 12 layers, a student of 6, both 768 wide with 12 heads"
+def chosen(
+    found: Iterable[MethodInfo], taps: str | None = None, teachers: str | None = None, words: str | None = None
+) -> list[MethodInfo]:
+    """The methods whose header has `taps` among its taps, `words` anywhere, and that take so many teachers.
 
-
-@lru_cache(maxsize=64)
-def costs(name: str) -> tuple[StageCost, ...]:
-    """What each stage of a method runs in a step over the specimen pair, read from its compiled plan.
-
-    Raises KeyError for a name that is not in the library.
+    `teachers` is `one`, `several`, or a number. Case is ignored.
     """
-    info = describe(name)
-    with TemporaryDirectory(prefix="gkd-") as folder:
-        root = Path(folder)
-        _specimens(root, _head(info))
-        checked = check_text(info.example, f"{name}.gkd", root=root)
-        plan = compile_plan(checked.graph)
-    return tuple(_cost(stage) for stage in plan.stages)
+    kept = []
+    for info in found:
+        anywhere = " ".join(str(getattr(info, field)) for field in ("name", "title", "remarks", *FIELDS))
+        if taps is not None and taps.lower() not in info.taps.lower():
+            continue
+        if words is not None and words.lower() not in anywhere.lower():
+            continue
+        if teachers is None or teachers == ("several" if _takes_several(info) else "one") or teachers == info.teachers:
+            kept.append(info)
+    return kept
 
 
-def _head(info: MethodInfo) -> str:
-    """The class of the specimen pair."""
-    if info.needs.startswith("language models"):
-        return "BertForMaskedLM"
-    return "BertModel" if info.needs.startswith("models") else "BertForSequenceClassification"
+def _takes_several(info: MethodInfo) -> bool:
+    return bool(info.several) or sum(role == "teacher" for role, _ in info.roles) > 1
 
 
-def _specimens(root: Path, head: str) -> None:
-    for role, layers in (("teacher", 12), ("student", 6)):
-        place = root / "path" / "to" / role
-        place.mkdir(parents=True)
-        config = {
-            "architectures": [head], "model_type": "bert", "vocab_size": 30522, "hidden_size": 768,
-            "num_hidden_layers": layers, "num_attention_heads": 12, "intermediate_size": 3072,
-        }  # fmt: skip
-        (place / "config.json").write_text(json.dumps(config), encoding="utf-8")
-        (place / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n", encoding="utf-8")
-    (root / "train.csv").write_text("text,label\ngood,1\nbad,0\n", encoding="utf-8")
-    (root / "corpus.txt").write_text("good\nbad\n", encoding="utf-8")
+def nodes_of(tree: object) -> Iterator[Any]:
+    """A node of the tree and all below it."""
+    if isinstance(tree, tuple):
+        for item in tree:
+            yield from nodes_of(item)
+    elif isinstance(tree, ast.Node) and is_dataclass(tree):
+        yield tree
+        for field in fields(tree):
+            yield from nodes_of(getattr(tree, field.name))
 
 
-def _cost(stage: StagePlan) -> StageCost:
-    layers = {node.name: node.info.size("N") or 0 for node in stage.models}
-    projected = sum(node.in_features * node.out_features + node.out_features * node.bias for node in stage.projections)
-    return StageCost(
-        stage.name.partition(".")[2] or stage.name,
-        tuple(_forward_cost(forward, layers[forward.model]) for forward in stage.forwards),
-        projected,
-    )
+def _several(method: ast.MethodDecl, models: list[str]) -> Iterator[str]:
+    """The models that the body counts by `teachers(ts)` or picks from by an index."""
+    held = set()
+    for node in nodes_of(method.body):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "teachers":
+            held |= {arg.value.id for arg in node.args if isinstance(arg.value, ast.Name)}
+        elif isinstance(node, ast.Index) and isinstance(node.base, ast.Name):
+            held.add(node.base.id)
+    yield from (name for name in models if name in held)
 
 
-def _forward_cost(forward: ForwardPlan, layers: int) -> ForwardCost:
-    stop = forward.stop_after
-    blocks = layers
-    if stop is not None and stop.kind in ("embed", "hidden", "layer"):
-        index = stop.index or 0
-        blocks = index + 1 if stop.kind == "layer" else index
-    kinds = Counter(tap.path.part if tap.path.part else tap.path.kind for tap in forward.taps)
-    return ForwardCost(forward.model, forward.grad, blocks, layers, tuple(kinds.items()))
+def header(text: str) -> tuple[str, dict[str, str], str]:
+    """The title, the fields and the remarks of the comment block that opens a library file.
 
-
-def _header(text: str) -> tuple[str, dict[str, str], str]:
-    """The title, the fields and the remarks of the comment block that opens a library file."""
+    A line below a field that names no field goes on with it.
+    """
     block: list[str] = []
     for line in text.splitlines()[1:]:
         if line.startswith("#"):
@@ -223,27 +174,32 @@ def _header(text: str) -> tuple[str, dict[str, str], str]:
         elif block:
             break
     title = next((line for line in block if line), "")
-    fields: dict[str, str] = {}
+    said: dict[str, str] = {}
     remarks: list[str] = []
+    last: str | None = None
     for line in block[block.index(title) + 1 :] if title else []:
         found = re.match(rf"({'|'.join(FIELDS)})\s+(.*)", line)
-        if found and found[1] not in fields and not remarks:
-            fields[found[1]] = found[2]
-        elif line or remarks:
+        if found and found[1] not in said and not remarks:
+            last = found[1]
+            said[last] = found[2]
+        elif not line and not remarks:
+            last = None
+        elif last is not None and not remarks:
+            said[last] += f" {line}"
+        else:
             remarks.append(line)
-    return title, fields, "\n".join(remarks).strip()
+    return title, said, "\n".join(remarks).strip()
 
 
 __all__ = [
     "FIELDS",
-    "SPECIMEN",
-    "ForwardCost",
     "MethodInfo",
     "MethodParam",
-    "StageCost",
-    "costs",
+    "chosen",
     "describe",
+    "header",
     "library",
     "method_text",
     "names",
+    "nodes_of",
 ]

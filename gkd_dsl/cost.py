@@ -1,0 +1,157 @@
+"""What a method costs: the forwards, taps and trained parts of each of its stages, read from its compiled plan."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from functools import lru_cache
+
+from gkd_dsl.fitting import fitting
+from gkd_dsl.graph.families import indices
+from gkd_dsl.graph.nodes import PolicyNode
+from gkd_dsl.graph.plan import ForwardPlan, StagePlan
+
+
+@dataclass(frozen=True)
+class ForwardCost:
+    """One forward of a step: of `model`, as the pass `name`; how many of its blocks run (of how many).
+
+    `taps` counts the tensors taken from it by kind, `paths` are their names.
+    """
+
+    name: str
+    model: str
+    trains: bool
+    blocks: int
+    of: int
+    taps: tuple[tuple[str, int], ...]
+    paths: tuple[str, ...]
+
+    def __str__(self) -> str:
+        run = "whole" if self.blocks == self.of else f"{self.blocks} of {self.of} blocks"
+        what = "" if self.name == self.model else f", a pass of {self.model}"
+        way = "forward and backward" if self.trains else "forward"
+        return f"{self.name}{what} ({way}, {run}): {', '.join(self.paths) or 'no tap'}"
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Something that trains beside the student; `parameters` is None for a model."""
+
+    kind: str
+    name: str
+    parameters: int | None
+
+    def __str__(self) -> str:
+        if self.parameters is None:
+            return f"{self.kind} {self.name}"
+        return f"{self.kind} {self.name}, {self.parameters:,} parameters"
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """What a stage runs in a step, over the specimens; `beside` trains with the student (or in its place)."""
+
+    stage: str
+    forwards: tuple[ForwardCost, ...]
+    beside: tuple[Beside, ...]
+    student: bool
+
+    @property
+    def projected(self) -> int:
+        """The parameters of its projections."""
+        return sum(part.parameters or 0 for part in self.beside if part.kind == "projection")
+
+    @property
+    def extra(self) -> int:
+        """How many forwards more than fine-tuning a model takes."""
+        return len(self.forwards) - 1
+
+    @property
+    def words(self) -> str:
+        """The number of forwards, in a line."""
+        count = len(self.forwards)
+        backward = sum(forward.trains for forward in self.forwards)
+        more = f", {self.extra} more than fine-tuning" if self.extra else ""
+        return f"{count} forward{'s' if count != 1 else ''}{more}; {backward} with a backward"
+
+
+@lru_cache(maxsize=64)
+def costs(name: str) -> tuple[StageCost, ...]:
+    """What each stage of a method runs in a step, over the first specimens that suit it.
+
+    Raises KeyError for a name that is not in the library.
+    """
+    plan = fitting(name).plan
+    return tuple(_cost(stage) for stage in plan.stages) if plan is not None else ()
+
+
+def stage_costs(name: str) -> list[tuple[str, StageCost]]:
+    """The costs by the names of the stages; of stages that differ in their number the dearest stands for all."""
+    grouped: dict[str, list[StageCost]] = {}
+    for cost in costs(name):
+        grouped.setdefault(_stem(cost.stage), []).append(cost)
+    found = []
+    for stem, members in grouped.items():
+        if len(members) == 1:
+            found.append((members[0].stage, members[0]))
+        else:
+            dearest = max(members, key=lambda cost: (len(cost.forwards), sum(f.blocks for f in cost.forwards)))
+            found.append((f"{stem}, {len(members)} stages; here {dearest.stage}", dearest))
+    return found
+
+
+def _stem(name: str) -> str:
+    head, dot, number = name.rpartition(".")
+    return head if dot and number.isdigit() else name
+
+
+def _cost(stage: StagePlan) -> StageCost:
+    layers = {node.name: node.info.size("N") or 0 for node in stage.models}
+    roles = {node.name: node.role for node in stage.models}
+    sizes = {
+        node.name: node.in_features * node.out_features + node.out_features * node.bias for node in stage.projections
+    }
+    beside = [Beside("projection", name, size) for name, size in sizes.items()]
+    beside += [Beside("policy", policy.node.name, _policy(policy.node)) for policy in stage.policies]
+    trained = dict.fromkeys(target.name for target in stage.stage.trains if target.kind == "model")
+    beside += [Beside(roles.get(name, "model"), name, None) for name in trained if roles.get(name) != "student"]
+    return StageCost(
+        stage.name.partition(".")[2] or stage.name,
+        tuple(_forward_cost(forward, layers[forward.model]) for forward in stage.forwards),
+        tuple(Beside(part.kind, part.name.removeprefix("m/"), part.parameters) for part in beside),
+        any(roles.get(name) == "student" for name in trained),
+    )
+
+
+def _policy(node: PolicyNode) -> int:
+    """One map for all actions: features -> 1, or by way of the hidden units."""
+    if not node.hidden:
+        return node.features + 1
+    return node.hidden * (node.features + 1) + node.hidden + 1
+
+
+def _forward_cost(forward: ForwardPlan, layers: int) -> ForwardCost:
+    stop = forward.stop_after
+    blocks = layers
+    if stop is not None and stop.kind in ("embed", "hidden", "layer"):
+        index = stop.index or 0
+        blocks = index + 1 if stop.kind == "layer" else index
+    kinds = Counter(tap.path.part if tap.path.part else tap.path.kind for tap in forward.taps)
+    name = forward.key.removesuffix("/forward").removeprefix("pass/").removeprefix("m/")
+    return ForwardCost(name, forward.model, forward.grad, blocks, layers, tuple(kinds.items()), tap_names(forward))
+
+
+def tap_names(forward: ForwardPlan) -> tuple[str, ...]:
+    """The taps of a forward with the indices of layers in one bracket: `layer[0..5].attn.scores`."""
+    grouped: dict[tuple[str, str | None, str | None], list[int]] = {}
+    for tap in forward.taps:
+        key = (tap.path.kind, tap.path.part, tap.path.name)
+        grouped.setdefault(key, []).append(-1 if tap.path.index is None else tap.path.index)
+    names = []
+    for (kind, part, name), numbers in grouped.items():
+        text = kind if name is None else f'{kind}("{name}")'
+        if numbers != [-1]:
+            text += f"[{indices(numbers)}]"
+        names.append(f"{text}.{part}" if part else text)
+    return tuple(names)
