@@ -118,6 +118,8 @@ def finish(
         exports[name] = export_model(checked, plan, run, name, target, metrics=_pairs(before.get(last.name, {}), after))
     comparison = None
     teacher = next((node.name for node in last.models if node.role == "teacher"), None)
+    # Of several students it is the one of the last stage that the held-out rows are for.
+    names.sort(key=lambda name: all(node.name != name for node in last.models))
     held_out = _some(loader) if measure and teacher is not None and names else []
     if teacher is not None and held_out:
         comparison = compare(

@@ -89,15 +89,36 @@ class Context:
         assert self.evaluator is not None
         return self.evaluator(self, scope, expr)
 
-    def batch_columns(self) -> dict[str, TensorType]:
-        """The columns that a batch may have. Labels are classes for a classifier, tokens for a language model."""
+    def batch_columns(self, scope: Scope | None = None) -> dict[str, TensorType]:
+        """The columns that a batch may have, as the models of a scope read it.
+
+        Labels are classes for a classifier, tokens for a language model. Where there are both, `labels` is for the
+        first by role, and `token_labels` for the language models.
+        """
         tokens = TensorType("int", (BATCH, LENGTH))
         columns = dict.fromkeys(("input_ids", "attention_mask", "token_type_ids"), tokens)
         order = {"student": 0, "model": 1, "teacher": 2}
-        heads = sorted((m for m in self.models.values() if m.info.task != "encoder"), key=lambda m: order[m.role])
+        heads = sorted((m for m in self._models(scope) if m.info.task != "encoder"), key=lambda m: order[m.role])
         if heads:
             columns["labels"] = TensorType("int", (BATCH,)) if heads[0].info.task == "classification" else tokens
+        if any(m.info.task in ("masked_lm", "causal_lm") for m in heads):
+            columns["token_labels"] = tokens
         return columns
+
+    def label_types(self, scope: Scope) -> set[TensorType]:
+        """What `batch.labels` may be to the models of a scope."""
+        found = {m.info.task for m in self._models(scope)} - {"encoder"}
+        return {TensorType("int", (BATCH,) if task == "classification" else (BATCH, LENGTH)) for task in found}
+
+    def _models(self, scope: Scope | None) -> list[Model]:
+        """The models that a scope sees: in a method those it was given, else all of the spec."""
+        from gkd_dsl.meaning.values import Items, Model
+
+        seen: list[Model] = []
+        for definition in scope.visible() if scope is not None else ():
+            held = definition.value.items if isinstance(definition.value, Items) else (definition.value,)
+            seen += [value for value in held if isinstance(value, Model)]
+        return seen or list(self.models.values())
 
     def location(self, scope: Scope, span: Span) -> Location:
         """A place with the `use` statements that lead to it."""

@@ -124,7 +124,8 @@ def _bind(ctx: Context, scope: Scope, inner: Scope, method: ast.MethodDecl, decl
     plain_formals = {formal.name.text: formal for formal in method.formals if formal.role is None}
     given: dict[str, tuple[Value, ast.Expr]] = {}
     good = True
-    for arg in decl.args:
+    # Models that are given by name are no longer free for those that are not.
+    for arg in sorted(decl.args, key=lambda arg: arg.name is None):
         if arg.name is None:
             good = _bind_models(ctx, scope, roles, arg, given, method) and good
             continue

@@ -18,7 +18,7 @@ from gkd_dsl.text import Span
 
 TASKS = ("encoder", "classification", "masked_lm", "causal_lm")
 _LATER = {"quantize": "a quantised model", "adapter": "a model with an adapter", "vocabulary": "a cut vocabulary"}
-_CONSTRUCTORS = ("hf", "truncated", "random_init")
+_CONSTRUCTORS = ("hf", "truncated", "with_head", "random_init")
 
 
 def declare(ctx: Context, scope: Scope, decl: ast.ModelDecl) -> Value:
@@ -146,6 +146,20 @@ def _made(
             return None
         return _described(ctx, scope, lambda: describe.truncated(base.info, base.name, layers=layers, **common),
                           spans.get("layers", expr).span, "E0204")  # fmt: skip
+    if name == "with_head":
+        if named:
+            extra = next(iter(named))
+            ctx.error(
+                scope, "E0234", f"`with_head` has no argument `{extra}`", _name_span(expr, extra),
+                suggest(extra, ("task", "num_labels"))[0],
+            )  # fmt: skip
+            return None
+        if not isinstance(base, Model):
+            ctx.error(scope, "E0508", f"`with_head` takes a model of this spec, not {kind(base)}", at)
+            return None
+        return _described(
+            ctx, scope, lambda: describe.with_head(base.info, base.name, **common), expr.span, "E0502", expr
+        )
     if isinstance(base, Model) and name == "random_init":
         return _described(
             ctx, scope, lambda: describe.random_init(base.info, overrides=named, **common), expr.span, "E0502"

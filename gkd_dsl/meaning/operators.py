@@ -268,6 +268,7 @@ def _apply(
     mask: Tensor | None,
     losses: dict[str, Atom],
 ) -> Value:
+    _fit_labels(ctx, scope, tensors)
     shifts = spec.next_token and any(tensor.next_token for tensor in tensors.values())
     causal = any(tensor.causal for tensor in tensors.values())
     if causal and registry.has_argument(spec, "causal") and "causal" not in values:
@@ -320,6 +321,17 @@ def _apply(
         from_batch=bool(tensors) and all(tensor.from_batch for tensor in tensors.values()),
         tokens=frozenset().union(*(t.tokens for t in tensors.values())),
     )
+
+
+def _fit_labels(ctx: Context, scope: Scope, tensors: dict[str, Tensor]) -> None:
+    """In a spec of classifiers and language models, `batch.labels` is what the logits beside it are compared with."""
+    labels, student = tensors.get("labels"), tensors.get("student")
+    if labels is None or student is None or not labels.key.startswith("batch/labels"):
+        return
+    leading = TensorType("int", student.type.dims[:-1])
+    if labels.type != leading and leading in ctx.label_types(scope):
+        key = paths.column_node(ctx, "labels", leading)
+        tensors["labels"] = Tensor(key, leading, from_batch=True, tokens=labels.tokens)
 
 
 def _one_atom(ctx: Context, scope: Scope, loss: Loss, expr: ast.Expr) -> Atom | None:
@@ -453,7 +465,7 @@ def project(ctx: Context, scope: Scope, value: Tensor, block: Block, expr: ast.P
 def batch_column(ctx: Context, scope: Scope, expr: ast.Attr) -> Value:
     """`batch.labels`, `batch.attention_mask`."""
     name = expr.name.text
-    columns = ctx.batch_columns()
+    columns = ctx.batch_columns(scope)
     if name not in columns:
         label, near = suggest(name, columns)
         if name == "labels" and ctx.model_unknown:
@@ -470,7 +482,7 @@ def batch_column(ctx: Context, scope: Scope, expr: ast.Attr) -> Value:
             scope, "E0240", f"a batch has no column `{name}`", expr.name.span, label or "not a column",
             notes=[f"its columns: {', '.join(columns)}"], fix=replace(expr.name.span, near) if near else None,
         )  # fmt: skip
-    key = paths.column_node(ctx, name, columns[name])
+    key = paths.column_node(ctx, "labels" if name == "token_labels" else name, columns[name])
     return Tensor(key, columns[name], from_batch=True, tokens=frozenset({paths.column_node(ctx, "attention_mask")}))
 
 

@@ -15,6 +15,7 @@ from gkd_dsl.meaning.values import (
     Model,
     Num,
     Numbers,
+    Passed,
     TapPart,
     Tensor,
     Text,
@@ -23,7 +24,9 @@ from gkd_dsl.meaning.values import (
     kind,
     shown,
 )
-from gkd_dsl.models.resolve import TapError, resolve_tap
+from gkd_dsl.models.families import FAMILIES
+from gkd_dsl.models.info import ModelInfo
+from gkd_dsl.models.resolve import ResolvedTap, TapError, resolve_tap
 from gkd_dsl.syntax import ast
 from gkd_dsl.text import Span
 from gkd_dsl.types import BATCH, LENGTH, TensorType
@@ -145,6 +148,12 @@ def block(ctx: Context, scope: Scope, base: Layers, index: int, expr: ast.Index)
     return TapPart(base.model, (("layer", (base.indices[index],)),), (expr.span,))
 
 
+def block_prefix(info: ModelInfo) -> str:
+    """The dotted path of a model's blocks, as in `encoder.layer`; "" where it is not known."""
+    family = FAMILIES.get(info.family or "")
+    return family.blocks if family is not None else ""
+
+
 def shape_label(span: Span, type_: TensorType) -> Label:
     """The label that shows the shape of a tensor."""
     return Label(span, type_.long)
@@ -168,30 +177,44 @@ def as_tensor(ctx: Context, scope: Scope, value: Value, expr: ast.Expr) -> Value
     if not isinstance(value, TapPart):
         return value
     model = value.model
-    if value.parts[-1] == ("layer", None):
-        return ctx.error(
-            scope, "E0226", f"`{model.name}.layer` is every layer: say which", expr.span, "write `layer[i]`"
-        )
-    try:
-        resolved = resolve_tap(model.info, model.name, list(value.parts))
-    except TapError as error:
-        return _tap_error(ctx, scope, value, expr, error)
+    found = resolved(ctx, scope, value, expr)
+    if found is None:
+        return UNKNOWN
     forward(ctx, scope, model, expr.span)
     prefix = model.forward.removesuffix("/forward")
-    key = f"{prefix}/{resolved.path.key}"
-    ctx.builder.add(TapNode(key, model.name, resolved.path, resolved.type, locations=(ctx.location(scope, expr.span),)))
+    key = f"{prefix}/{found.path.key}"
+    ctx.builder.add(TapNode(key, model.name, found.path, found.type, locations=(ctx.location(scope, expr.span),)))
     ctx.builder.connect(model.forward, key, "forward")
-    lengths = sum(dim.name == "L" for dim in resolved.type.dims)
+    lengths = sum(dim.name == "L" for dim in found.type.dims)
+    passed = model.passed or Passed("", "")
     tensor = Tensor(
         key,
-        resolved.type,
-        carries=frozenset({model.name}),
-        reads=frozenset({model.name}),
-        next_token=model.info.causal and resolved.path.kind == "logits",
+        found.type,
+        carries=frozenset() if passed.discard else frozenset({model.name}) | passed.carries,
+        reads=frozenset({model.name}) | passed.reads,
+        next_token=model.info.causal and found.path.kind == "logits",
         causal=lengths == 2 and model.info.causal,
-        tokens=frozenset({column_node(ctx, "attention_mask")}),
+        tokens=frozenset({dict(passed.columns).get("attention_mask") or column_node(ctx, "attention_mask")}),
     )
     return detached(ctx, scope, tensor, expr) if ctx.detaching else tensor
+
+
+def resolved(ctx: Context, scope: Scope, part: TapPart, expr: ast.Expr) -> ResolvedTap | None:
+    """The tap that a path names; None where it was reported that there is none."""
+    from gkd_dsl.meaning import passes
+
+    model = part.model
+    if part.parts[-1] == ("layer", None):
+        ctx.error(scope, "E0226", f"`{model.name}.layer` is every layer: say which", expr.span, "write `layer[i]`")
+        return None
+    try:
+        found = resolve_tap(model.info, model.name, list(part.parts))
+    except TapError as error:
+        _tap_error(ctx, scope, part, expr, error)
+        return None
+    if model.passed is not None and passes.inside_replaced(ctx, scope, model, found, expr):
+        return None
+    return found
 
 
 def detached(ctx: Context, scope: Scope, tensor: Tensor, expr: ast.Expr) -> Tensor:
@@ -210,16 +233,29 @@ def forward(ctx: Context, scope: Scope, model: Model, span: Span) -> None:
     """Put the forward of a model (or of a pass) into the graph."""
     if model.forward in ctx.builder.graph:
         return
-    inputs = "batch" if not model.further else model.forward.removesuffix("/forward")
-    ctx.builder.add(ForwardNode(model.forward, model.name, inputs, True, locations=(ctx.location(scope, span),)))
+    passed = model.passed or Passed("", "batch")
+    place = ctx.location(scope, model.defined if model.passed is not None and model.defined is not None else span)
+    ctx.builder.add(
+        ForwardNode(model.forward, model.name, passed.inputs, True, passed.changes, passed.discard, locations=(place,))
+    )
     ctx.builder.connect(f"model/{model.name}", model.forward, "model")
-    for column in _INPUTS:
-        ctx.builder.connect(column_node(ctx, column), model.forward, column)
+    given = {column: column_node(ctx, column) for column in _INPUTS} | dict(passed.columns)
+    for column, key in given.items():
+        ctx.builder.connect(key, model.forward, column)
+    for key, slot in passed.edges:
+        ctx.builder.connect(key, model.forward, slot)
 
 
 def column_node(ctx: Context, column: str, type_: TensorType | None = None) -> str:
-    """The graph key of a batch column, made when it is first asked for."""
+    """The graph key of a batch column, made when it is first asked for.
+
+    Labels may be classes in one stage and tokens in another: the second kind has a node of its own.
+    """
     key = f"batch/{column}"
+    if key in ctx.builder.graph and type_ is not None:
+        held = ctx.builder.node(key)
+        if isinstance(held, BatchNode) and held.type != type_:
+            key = f"{key}.{'tokens' if len(type_.dims) == 2 else 'classes'}"
     if key not in ctx.builder.graph:
         ctx.builder.add(BatchNode(key, column, type_ or TensorType("int", (BATCH, LENGTH))))
     return key

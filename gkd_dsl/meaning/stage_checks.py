@@ -152,7 +152,8 @@ def batch(ctx: Context, scope: Scope, decl: ast.Stage, node: StageNode, source: 
                 scope, "E0506", f"`batch.{column}` of `{source.name}` is {columns[column]}, and stage `{node.name}` "
                 f"reads {read.type}", decl.name.span,
             )  # fmt: skip
-    if "batch/labels" in below and columns.get("labels") is not None and len(columns["labels"].dims) == 1:
+    read_columns = {ctx.builder.node(key).column for key in below if key.startswith("batch/")}  # type: ignore[attr-defined]
+    if "labels" in read_columns and columns.get("labels") is not None and len(columns["labels"].dims) == 1:
         _labels(ctx, scope, decl, node, source, models, below)
 
 

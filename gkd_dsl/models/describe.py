@@ -73,7 +73,7 @@ def truncated(
     if not chosen:
         raise ModelError(f"truncated({name}, layers = []) keeps no layer", "write for example layers = [0, 2, 4]")
     if base.formal:
-        build = Build("truncated", None, base=name, layers=tuple(chosen))
+        build = Build("truncated", None, base=name, layers=tuple(chosen), origin=base)
         return ModelInfo(base.location, None, None, base.architecture, task or base.task, (), (), build, formal=True)
     family = FAMILIES.get(base.family or "")
     if family is None or count is None:
@@ -94,8 +94,35 @@ def truncated(
         num_labels = base.size("C")
     wanted = task or ("classification" if num_labels is not None and base.task != "classification" else base.task)
     merged = {**dict(base.build.overrides), **overrides}
-    build = Build("truncated", base.path, base=name, layers=kept, overrides=_as_items(merged, num_labels))
+    items = _as_items(merged, num_labels)
+    build = Build("truncated", base.path, base=name, layers=kept, overrides=items, origin=base)
     return _info(base.location, Path(base.path) if base.path else None, config, build, wanted, num_labels)
+
+
+def with_head(base: ModelInfo, name: str, *, task: Task | None = None, num_labels: int | None = None) -> ModelInfo:
+    """The model with the body of `base`, the model called `name` in the spec, and a new head for `task`.
+
+    `num_labels` alone asks for a classifier.
+
+    Raises ModelError without a task, or for a head that the family lacks.
+    """
+    if task is None and num_labels is None:
+        raise ModelError(f"with_head({name}) does not say which head", "write for example task = classification")
+    items = _as_items(None if base.formal else dict(base.build.overrides), num_labels)
+    if base.formal:
+        build = Build("headed", None, base=name, overrides=items, origin=base)
+        wanted: Task = task or "classification"
+        return ModelInfo(base.location, None, None, base.architecture, wanted, (), (), build, formal=True)
+    if base.family not in FAMILIES:
+        raise ModelError(
+            f'"{base.location}" is a {base.config.get("model_type")}, a family without a table: '
+            "where its body ends is not known",
+            f"families with one: {', '.join(FAMILIES)}",
+        )
+    layers = tuple(range(base.size("N") or 0))
+    build = Build("headed", base.path, base=name, layers=layers, overrides=items, origin=base)
+    folder = Path(base.path) if base.path else None
+    return _info(base.location, folder, dict(base.config), build, task, num_labels)
 
 
 def random_init(

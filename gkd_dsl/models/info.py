@@ -25,15 +25,17 @@ class Build:
     """How the runtime makes the model.
 
     `kind`: `hf` loads the weights at `path`; `truncated` copies `base` (another model of the spec)
-    with only the blocks of `layers`; `random` makes it from the config with random weights.
-    `overrides` are config fields that differ from the file's.
+    with only the blocks of `layers`; `headed` copies its body and puts a new head on; `random` makes it from the
+    config with random weights. `overrides` are config fields that differ from the file's. `origin` is what is known
+    of `base`.
     """
 
-    kind: Literal["hf", "truncated", "random"]
+    kind: Literal["hf", "truncated", "headed", "random"]
     path: str | None
     base: str | None = None
     layers: tuple[int, ...] | None = None
     overrides: tuple[tuple[str, Any], ...] = ()
+    origin: ModelInfo | None = None
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,7 @@ def load_with_report(
             model = build(info)
             report = LoadReport(info.location, new=tuple(name for name, _ in model.named_parameters()), all_new=True)
         else:
-            model, report = _truncated(info, models or {})
+            model, report = _copied(info, models or {})
     if info.task == "classification" and model.config.pad_token_id is None:
         model.config.pad_token_id = _pad_token(info, model)
     _cast(model, dtype or torch.float32)
@@ -205,11 +205,11 @@ def _body_names(model: PreTrainedModel) -> set[str]:
     return {name for name, parameter in model.named_parameters(remove_duplicate=False) if id(parameter) in body}
 
 
-def _truncated(info: ModelInfo, models: Mapping[str, PreTrainedModel]) -> tuple[PreTrainedModel, LoadReport]:
-    """Copy a base model's embeddings, chosen blocks, norms, pooler and, where shapes agree, head."""
+def _copied(info: ModelInfo, models: Mapping[str, PreTrainedModel]) -> tuple[PreTrainedModel, LoadReport]:
+    """Copy a base model's embeddings, chosen blocks, norms and pooler; its head too, unless a new one is asked for."""
     base = models.get(info.build.base or "")
     if base is None:
-        raise ModelError(f"{info.build.base} is to be truncated, and is not loaded")
+        raise ModelError(f"{info.location} is made from {info.build.base}, which is not loaded")
     family = FAMILIES[info.family or ""]
     model = build(info)
     layers = info.build.layers or ()
@@ -219,7 +219,7 @@ def _truncated(info: ModelInfo, models: Mapping[str, PreTrainedModel]) -> tuple[
     with torch.no_grad():
         for name, target in model.state_dict().items():
             if not name.startswith(prefix):
-                source = head.get(name)
+                source = head.get(name) if info.build.kind == "truncated" else None
             else:
                 source = body.get(_renumbered(name.removeprefix(prefix), family.blocks, layers))
             if source is not None and source.shape == target.shape:
@@ -228,7 +228,8 @@ def _truncated(info: ModelInfo, models: Mapping[str, PreTrainedModel]) -> tuple[
                 new.append(name)
     model.tie_weights()
     owned = {name for name, _ in model.named_parameters()}
-    return model, LoadReport(f"truncated({info.build.base})", new=tuple(name for name in new if name in owned))
+    made = f"{'with_head' if info.build.kind == 'headed' else 'truncated'}({info.build.base})"
+    return model, LoadReport(made, new=tuple(name for name in new if name in owned))
 
 
 def _renumbered(name: str, blocks: str, layers: tuple[int, ...]) -> str:

@@ -40,6 +40,7 @@ from gkd_dsl.types import LossType
 
 def emit(graph: nx.MultiDiGraph, stage: StageNode, *, optimise: bool = True) -> StagePlan:
     """The plan of a stage. Without `optimise` forwards run whole and nothing is let go before the end."""
+    graph = _by_column(graph)
     view = forwards_pass.forwards(forwards_pass.stage_view(graph, stage), stage)
     losses = [key for slot, key in inputs(graph, stage.key).items() if slot.isdigit()]
     counters, policies = _counters(view), _policies(view, stage)
@@ -88,6 +89,22 @@ def emit(graph: nx.MultiDiGraph, stage: StageNode, *, optimise: bool = True) -> 
         counters=counters,
         policies=policies,
     )
+
+
+def _by_column(graph: nx.MultiDiGraph) -> nx.MultiDiGraph:
+    """The graph with one node a column: labels that are classes here and tokens there are one column of the batch."""
+    renamed = {
+        node.key: replace(node, key=f"batch/{node.column}")
+        for node in nodes(graph, BatchNode)
+        if node.key != f"batch/{node.column}"
+    }
+    if not renamed:
+        return graph
+    held = {key: graph.nodes[node.key]["node"] for key, node in renamed.items() if node.key in graph}
+    graph = nx.relabel_nodes(graph, {key: node.key for key, node in renamed.items()})
+    for key, node in renamed.items():
+        graph.nodes[node.key]["node"] = held.get(key, node)
+    return graph
 
 
 def _atoms(view: nx.MultiDiGraph, losses: Iterable[str]) -> list[str]:
