@@ -10,10 +10,34 @@ from gkd_dsl.ops.spec import Kind, OpSpec
 
 @cache
 def _table() -> dict[str, OpSpec]:
-    from gkd_dsl.ops import angles, choice, contrast, losses, masks, metrics, relations, tensors
+    from gkd_dsl.ops import (
+        angles,
+        choice,
+        contrast,
+        interventions,
+        layers,
+        losses,
+        masks,
+        metrics,
+        relations,
+        segments,
+        tensors,
+    )
 
     table: dict[str, OpSpec] = {}
-    for module in (losses, angles, contrast, tensors, relations, choice, masks, metrics):
+    for module in (
+        losses,
+        angles,
+        contrast,
+        tensors,
+        relations,
+        choice,
+        layers,
+        segments,
+        interventions,
+        masks,
+        metrics,
+    ):
         for spec in module.OPS:
             if spec.name in table:
                 raise ValueError(f"two operators are called `{spec.name}`")

@@ -34,13 +34,31 @@ def functions() -> dict[str, Operator]:
         contrast,
         distances,
         divergences,
+        interventions,
+        layers,
         masks,
         relations,
+        segments,
         tensors,
     )
 
     # Importing the modules is what fills the table.
-    assert all((angles, arithmetic, choice, contrast, distances, divergences, masks, relations, tensors))
+    assert all(
+        (
+            angles,
+            arithmetic,
+            choice,
+            contrast,
+            distances,
+            divergences,
+            interventions,
+            layers,
+            masks,
+            relations,
+            segments,
+            tensors,
+        )
+    )
     return dict(_FUNCTIONS)
 
 

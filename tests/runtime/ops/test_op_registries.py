@@ -31,6 +31,7 @@ def test_a_function_takes_what_its_signatures_name(spec):
     wanted = set(registry.argument_names(spec))
     wanted |= {"valid"} if spec.masked else set()
     wanted |= {"dims"} if spec.carries_dims else set()
+    wanted |= {"generator"} if spec.random else set()
     assert wanted == set(taken) - {"self"}
 
 
