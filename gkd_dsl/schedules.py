@@ -13,7 +13,7 @@ from typing import Literal
 
 from gkd_dsl import aligners
 from gkd_dsl.clock import Clock, Span, Unit
-from gkd_dsl.conditions import AtCount, Coin, Comparison, CounterValue, Logic, Not, Recent, StageProgress
+from gkd_dsl.conditions import AtCount, Coin, Comparison, CounterValue, Logic, Not, Recent, StageProgress, counted
 
 
 def _between(first: float, second: float, value: float) -> float:
@@ -297,6 +297,20 @@ def parts(schedule: Schedule) -> Iterator[Schedule]:
                 yield from parts(inner)
 
 
+def watched(schedule: Schedule, clock: Clock) -> set[str]:
+    """The losses whose recent values a schedule reads while the counters stand as they do."""
+    if isinstance(schedule, Recent):
+        return {schedule.loss}
+    if isinstance(schedule, AtCount):
+        return watched(schedule.now(clock), clock)
+    found: set[str] = set()
+    for item in fields(schedule):
+        held = getattr(schedule, item.name)
+        if isinstance(held, Schedule):
+            found |= watched(held, clock)
+    return found
+
+
 def counters(schedule: Schedule) -> set[str]:
     """The names of the counters that a schedule reads."""
     return {part.name for part in parts(schedule) if isinstance(part, CounterValue | AtCount)}
@@ -324,9 +338,11 @@ __all__ = [
     "Unit",
     "bounds",
     "combine",
+    "counted",
     "counters",
     "is_condition",
     "is_zero",
     "parts",
     "settled",
+    "watched",
 ]

@@ -30,7 +30,7 @@ class Position:
     """Where a run is: `step` steps of stage `stage` (number `order`) are done, and `batch` micro-batches of `epoch`.
 
     `best` is the best value of the stage's chosen metric so far, `best_step` the step that gave it. `finished`
-    says that the stage is over.
+    says that the stage is over. `counters` and `recent` are the state of the stage's counters.
     """
 
     stage: str
@@ -43,6 +43,8 @@ class Position:
     best: float | None = None
     best_step: int | None = None
     finished: bool = False
+    counters: dict[str, int] = field(default_factory=dict)
+    recent: dict[str, list[float]] = field(default_factory=dict)
 
 
 @dataclass

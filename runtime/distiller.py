@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gkd_dsl.graph.plan import StagePlan
+from gkd_dsl.runtime.counters import Counters
 from gkd_dsl.runtime.extensions import load_extensions
 from gkd_dsl.runtime.policy import make_policies
 from gkd_dsl.runtime.step import Batch, StepModule
@@ -34,8 +35,8 @@ class Distiller:
     `models` are the models of the stage by their names in the spec, on one device. The trained ones are put in train
     mode, the others in eval mode; what the stage does not train has `requires_grad` False until `close`, which the
     end of a `with` block calls. Policies have optimisers of their own: `step_to` ends the step before, and hands them
-    the reward of all its batches. `projections` (by name) are made unless given. `root` is the folder that paths of the
-    user's own operators start from.
+    the reward of all its batches; `counters` advance then too, and begin anew at step 0. `projections` (by name) are
+    made unless given. `root` is the folder that paths of the user's own operators start from.
 
     Raises KeyError for a model of the stage that is missing.
     """
@@ -61,6 +62,7 @@ class Distiller:
         self.module.train()
         self._clock = Clock(0, 1, 1.0, seed=plan.stage.seed)
         self._watched: dict[str, float] | None = None
+        self.counters = Counters(plan.counters)
         self._terms: dict[str, Tensor] = {}
         self._weights: dict[str, float] = {}
 
@@ -72,10 +74,10 @@ class Distiller:
         Raises RunError: a column is missing, or (first batch) a tensor is not of the shape that the plan says.
         """
         counts = denominators if denominators is not None else self.denominators([batch])
-        out = self.module(batch, self._clock, counts)
+        out = self.module(batch, self.counters.on(self._clock), counts)
         self._terms, self._weights = out.terms, out.weights
         self._clock = replace(self._clock, micro=self._clock.micro + 1)
-        if self.plan.policies and torch.is_grad_enabled():
+        if (self.plan.policies or self.plan.counters) and torch.is_grad_enabled():
             seen = self._watched or {}
             self._watched = {name: seen.get(name, 0.0) + float(value) for name, value in out.watched.items()}
         return out.loss
@@ -97,7 +99,7 @@ class Distiller:
 
     def denominators(self, batches: Sequence[Batch]) -> dict[str, int]:
         """How many positions of each loss count in all these micro-batches."""
-        return self.module.denominators(batches, self._clock)
+        return self.module.denominators(batches, self.counters.on(self._clock))
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """What trains, by name."""
@@ -113,11 +115,16 @@ class Distiller:
 
         `steps_per_epoch` matters to durations in epochs (one epoch unless given), `tokens` to those in tokens.
         """
-        if self._watched is not None:
-            self.module.policies.learn(self._watched, self._clock)
+        seen, before = self._watched, self._clock
+        if seen is not None:
+            self.module.policies.learn(seen, before)
             self._watched = None
         per_epoch = steps_per_epoch if steps_per_epoch is not None else float(total)
         self._clock = Clock(step, total, per_epoch, tokens, seed=self.plan.stage.seed)
+        if step == 0:
+            self.counters.reset()
+        elif seen is not None:
+            self.counters.advance(seen, self._clock)
 
     def close(self) -> None:
         """Give every parameter the `requires_grad` that it had before."""

@@ -39,6 +39,12 @@ def _stage(plan: StagePlan) -> dict[str, str]:
             found[item.name] = _digest(value)
         elif item.name in ("models", "projections", "metrics", "columns"):
             _flatten(item.name, value, found)
+        elif item.name == "counters":
+            for counter in plan.counters:
+                found[f"counter `{counter.name}`"] = f"from {counter.start} to {counter.stop}, {counter.when}"
+                for loss in plan.monitored:
+                    if loss.name in counter.losses:
+                        found[f"watched loss `{loss.name}`"] = _digest(loss)
         elif item.name == "policies":
             for policy in plan.policies:
                 _flatten(f"policy `{policy.node.name}`", policy.node, found)

@@ -39,6 +39,7 @@ class RunLog:
 
     def on_step(self, record: StepRecord) -> None:
         """One line; scalars of each loss raw and weighted, its weight, the rate, the norm and the speed."""
+        counters = {"counters": dict(record.counters)} if record.counters else {}
         self._line(
             {
                 "kind": "step",
@@ -53,6 +54,7 @@ class RunLog:
                 "gradient_norm": record.gradient_norm,
                 "tokens": record.tokens,
                 "tokens_per_second": round(record.tokens_per_second, 1),
+                **counters,
             }
         )
         scalars = {"loss": record.loss, "lr": record.lr, "gradient_norm": record.gradient_norm}
@@ -61,6 +63,7 @@ class RunLog:
             scalars[f"raw/{name}"] = value
             scalars[f"weight/{name}"] = record.weights[name]
             scalars[f"weighted/{name}"] = record.weights[name] * value
+        scalars |= {f"counter/{name}": float(value) for name, value in record.counters.items()}
         self._scalars(scalars, record.step)
 
     def on_evaluate(self, record: EvaluateRecord) -> None:

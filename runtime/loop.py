@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Protocol
@@ -15,6 +15,7 @@ from gkd_dsl.graph.nodes import StageNode
 from gkd_dsl.graph.plan import StagePlan
 from gkd_dsl.runtime.backends.base import Backend, StepResult
 from gkd_dsl.runtime.checkpoint import Position
+from gkd_dsl.runtime.counters import Counters
 from gkd_dsl.runtime.errors import CANNOT_RUN, RunError
 from gkd_dsl.runtime.evaluate import Evaluator
 from gkd_dsl.runtime.optim import LearningRate, span_steps
@@ -106,10 +107,16 @@ class StageLoop:
         self.rate = LearningRate(
             self.stage.optim, length.total_steps, float(length.steps_per_epoch), length.tokens_per_step
         )
+        self.counters = Counters(plan.counters, position.counters, position.recent)
         self._evaluator = evaluator
         self._listeners, self._save, self._restore_best, self._stopping = listeners, save, restore_best, stopping
         self._saved_at = time.monotonic()
         self._greater = {item.metric.name: item.metric.greater_is_better for item in plan.metrics}
+
+    @property
+    def clock(self) -> Clock:
+        """The clock of the step about to be made, with the counters as they stand."""
+        return self.counters.on(self.length.clock(self.position))
 
     def run(self) -> bool:
         """Run to the end of the stage (True), or until a stop is asked for (False)."""
@@ -136,7 +143,7 @@ class StageLoop:
         return True
 
     def _one(self, group: list[dict[str, Tensor]]) -> bool:
-        position, clock = self.position, self.length.clock(self.position)
+        position, clock = self.position, self.clock
         started, rate = time.perf_counter(), self.rate.at(position.step)
         result = self.backend.step(group, clock, rate)
         seconds = time.perf_counter() - started
@@ -144,7 +151,9 @@ class StageLoop:
         position.step += 1
         position.batch += len(group)
         position.tokens += tokens
-        self._tell(result, rate, tokens / max(seconds, 1e-9))
+        counted = dict(self.counters.values)
+        self.counters.advance(result.watched, self.length.clock(position))
+        self._tell(result, counted, rate, tokens / max(seconds, 1e-9))
         last, stop = self.length.over(position), self._stopping()
         best = self._evaluate(clock, last)
         if last:
@@ -156,7 +165,7 @@ class StageLoop:
             self._saved_at = time.monotonic()
         return last or not stop
 
-    def _tell(self, result: StepResult, rate: float, speed: float) -> None:
+    def _tell(self, result: StepResult, counted: Mapping[str, int], rate: float, speed: float) -> None:
         position = self.position
         record = StepRecord(
             self.plan.name,
@@ -170,6 +179,7 @@ class StageLoop:
             result.gradient_norm,
             position.tokens,
             speed,
+            counted,
         )
         for listener in self._listeners:
             listener.on_step(record)
@@ -178,8 +188,7 @@ class StageLoop:
         """Every metric before the first step, so that a run can say what the stage changed."""
         names = tuple(dict.fromkeys(name for spec in self.stage.evaluate for name in spec.metrics))
         if names:
-            clock = self.length.clock(self.position)
-            found = self._evaluator(names, self.loader.held_out(), self.backend, clock)
+            found = self._evaluator(names, self.loader.held_out(), self.backend, self.clock)
             for listener in self._listeners:
                 listener.on_evaluate(EvaluateRecord(self.plan.name, 0, found))
 
@@ -196,7 +205,7 @@ class StageLoop:
         )
         if not names:
             return False
-        found = self._evaluator(names, self.loader.held_out(), self.backend, self.length.clock(position))
+        found = self._evaluator(names, self.loader.held_out(), self.backend, self.clock)
         best, chosen = False, self.stage.keep_best
         if chosen in found and not math.isnan(found[chosen]):
             value = found[chosen]

@@ -82,10 +82,16 @@ class Progress:
 
     def _line(self, record: StepRecord) -> str:
         terms = "  ".join(f"{name} {value:.4g}" for name, value in record.terms.items())
+        counters = "".join(f"  {text}" for text in self._counted(record))
         return (
-            f"  {record.stage} {record.step}/{record.total_steps}  loss {record.loss:.4g}  {terms}"
+            f"  {record.stage} {record.step}/{record.total_steps}  loss {record.loss:.4g}  {terms}{counters}"
             f"  lr {record.lr:.2g}  {record.tokens_per_second:,.0f} tokens/s  {self._left(record)} left"
         )
+
+    def _counted(self, record: StepRecord) -> list[str]:
+        """`k = 3/6` for each counter."""
+        stops = self._stage.counters if self._stage is not None else {}
+        return [f"{name} = {value}/{stops.get(name, value)}" for name, value in record.counters.items()]
 
     def _display(self) -> RenderableType:
         record = self._record
@@ -99,6 +105,7 @@ class Progress:
             f"lr {record.lr:.2g}",
             f"{record.tokens_per_second:,.0f} tokens/s",
             f"{self._left(record)} left",
+            *self._counted(record),
         )
         table = Table(box=None, padding=(0, 2), header_style="dim")
         table.add_column("loss")

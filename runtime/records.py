@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 
 @dataclass(frozen=True)
 class StageRecord:
-    """A stage begins, or goes on after `step` steps."""
+    """A stage begins, or goes on after `step` steps. `counters` holds the last value of each counter."""
 
     stage: str
     order: int
@@ -19,6 +19,7 @@ class StageRecord:
     losses: tuple[str, ...]
     metrics: tuple[str, ...]
     parameters: int
+    counters: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class StepRecord:
     gradient_norm     before clipping
     tokens            of this stage so far, without padding
     tokens_per_second of this step
+    counters          the value of each counter in this step
     """
 
     stage: str
@@ -44,6 +46,7 @@ class StepRecord:
     gradient_norm: float
     tokens: int
     tokens_per_second: float
+    counters: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

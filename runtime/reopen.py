@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from gkd_dsl.meaning.check import Checked
+from gkd_dsl.runtime.checkpoint import Position
 from gkd_dsl.runtime.errors import CANNOT_RUN, CHECKPOINT, RunError
 from gkd_dsl.runtime.evaluate import Evaluator
 from gkd_dsl.runtime.loop import length_of
@@ -16,12 +17,11 @@ from gkd_dsl.schedules import Clock
 _NAMES = ("last", "best")
 
 
-def _open(checked: Checked, folder: Path, checkpoint: str) -> Run:
+def _open(checked: Checked, folder: Path, checkpoint: str) -> tuple[Run, Position]:
     if checkpoint not in _NAMES:
         raise RunError(CHECKPOINT, f"there is no checkpoint `{checkpoint}`", "it is `last` or `best`")
     run = Run(plan_of(checked), folder=RunFolder.open(folder), root=checked.root)
-    run.restore(checkpoint)
-    return run
+    return run, run.restore(checkpoint)
 
 
 def evaluate_run(checked: Checked, folder: Path, checkpoint: str = "last") -> dict[str, dict[str, float]]:
@@ -29,7 +29,7 @@ def evaluate_run(checked: Checked, folder: Path, checkpoint: str = "last") -> di
 
     Raises RunError, DataError and SpecError.
     """
-    run = _open(checked, folder, checkpoint)
+    run, position = _open(checked, folder, checkpoint)
     found: dict[str, dict[str, float]] = {}
     for plan in run.plan.stages:
         names = tuple(item.metric.name for item in plan.metrics)
@@ -41,7 +41,8 @@ def evaluate_run(checked: Checked, folder: Path, checkpoint: str = "last") -> di
         run.make_policies(plan)
         total = length_of(plan.stage, loader).total_steps
         per_epoch = float(loader.steps_per_epoch(plan.stage.accumulate))
-        clock = Clock(total, total, per_epoch, seed=plan.stage.seed)
+        counters = tuple(position.counters.items()) if position.stage == plan.name else ()
+        clock = Clock(total, total, per_epoch, counters=counters, seed=plan.stage.seed)
         evaluator = Evaluator(plan, models, run.projections, run.policies)
         found[plan.name] = dict(evaluator(names, loader.held_out(), run.backend, clock))
     if not found:
@@ -51,7 +52,7 @@ def evaluate_run(checked: Checked, folder: Path, checkpoint: str = "last") -> di
 
 def export_run(checked: Checked, folder: Path, checkpoint: str, to: Path, model: str | None) -> tuple[Path, str]:
     """Write a model of a run: its folder and its name in the spec. Raises RunError, ExportError and SpecError."""
-    run = _open(checked, folder, checkpoint)
+    run, _ = _open(checked, folder, checkpoint)
     name = model or next(iter(students(run.plan)), None)
     if name is None:
         raise RunError(CANNOT_RUN, "this spec trains no model", "name one: `--model s`")

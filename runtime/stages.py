@@ -175,6 +175,7 @@ class Run:
                 tuple(loss.name for loss in plan.losses),
                 tuple(item.metric.name for item in plan.metrics),
                 sum(parameter.numel() for _, parameter in step.trainable()),
+                {counter.name: counter.stop for counter in plan.counters},
             )
             for listener in listeners:
                 listener.on_stage(record)

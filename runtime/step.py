@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from gkd_dsl import schedules
 from gkd_dsl.graph.nodes import ProjectNode, TrainTarget
-from gkd_dsl.graph.plan import Apply, Counted, ForwardPlan, StagePlan
+from gkd_dsl.graph.plan import Apply, Counted, ForwardPlan, LossPlan, StagePlan
 from gkd_dsl.models.resolve import part_modules
 from gkd_dsl.runtime.errors import CANNOT_RUN, SHAPES, RunError
 from gkd_dsl.runtime.models.load import part_parameters
@@ -126,7 +127,8 @@ class StepModule(nn.Module):
         """
         env = self._environment(batch)
         check = self._shape_check(batch) if self._unchecked else None
-        losses = (*self.plan.losses, *self.plan.monitored)
+        monitored = self._monitored(clock)
+        losses = (*self.plan.losses, *monitored)
         coefficients = {loss.name: [(part.value(clock), key) for part, key in loss.parts] for loss in losses}
         used = {key for parts in coefficients.values() for amount, key in parts if amount != 0.0 or check is not None}
         sums: dict[str, Tensor] = {}
@@ -145,7 +147,7 @@ class StepModule(nn.Module):
             values[loss.name], weights[loss.name] = value, schedule.value(clock)
             total = total + weights[loss.name] * value
         self._unchecked = False
-        watched = {loss.name: self._sum(coefficients[loss.name], sums, batch).detach() for loss in self.plan.monitored}
+        watched = {loss.name: self._sum(coefficients[loss.name], sums, batch).detach() for loss in monitored}
         return StepOutput(total, values, weights, watched)
 
     def count(self, batch: Batch, clock: Clock) -> dict[str, int]:
@@ -256,6 +258,14 @@ class StepModule(nn.Module):
             return run_taps(self._tappers[forward.model], forward, inputs, env)
         finally:
             model.train()
+
+    def _monitored(self, clock: Clock) -> tuple[LossPlan, ...]:
+        """The losses that policies and counters read at this step: of a counter's family, the present member alone."""
+        read = {policy.reward for policy in self.plan.policies}
+        for counter in self.plan.counters:
+            if schedules.counted(clock, counter.name, counter.start) < counter.stop:
+                read |= schedules.watched(counter.when, clock)
+        return tuple(loss for loss in self.plan.monitored if loss.name in read)
 
     def _wanted(self, used: Collection[str]) -> set[str]:
         # A policy chooses at every step, so that what is pending never hangs on a weight of the moment.
