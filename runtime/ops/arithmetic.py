@@ -69,6 +69,12 @@ def absolute(x: Tensor) -> Tensor:
     return x.abs()
 
 
+@function("tanh")
+def tanh(x: Tensor) -> Tensor:
+    """Hyperbolic tangent, in fp32."""
+    return full(x).tanh()
+
+
 @function("sqrt")
 def sqrt(x: Tensor) -> Tensor:
     """Square root, in fp32, with gradient 0 at 0, where the true one is infinite."""
@@ -103,5 +109,7 @@ def greater_equal(a: Operand, b: Operand) -> Tensor:
 
 @function("select")
 def select(cond: Tensor, a: Operand, b: Operand) -> Tensor:
-    """a where the condition holds, b elsewhere."""
+    """a where the condition holds, b elsewhere; fp32 where both are plain numbers."""
+    if not isinstance(a, Tensor) and not isinstance(b, Tensor):
+        return torch.where(cond, float(a), float(b))
     return torch.where(cond, a, b)

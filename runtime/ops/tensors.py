@@ -117,6 +117,13 @@ def project(x: Tensor, block: Callable[[Tensor], Tensor]) -> Tensor:
     return block(x.to(weight.dtype) if isinstance(weight, Tensor) else x)
 
 
+@function("rank_bin")
+def rank_bin(x: Tensor, *, bins: int) -> Tensor:
+    """floor(bins * rank / B), ranks from 0 by ascending value: [B] -> Int[B]; equal values keep their order."""
+    rank = x.detach().argsort(stable=True).argsort(stable=True)
+    return rank * bins // max(1, len(x))
+
+
 @function("per_sample")
 def per_sample(
     x: Tensor, *, valid: Tensor | None = None, causal: bool = False, dims: Sequence[str] | None = None
