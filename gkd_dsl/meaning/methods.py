@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace as with_changes
+
 from gkd_dsl.diagnostics import Edit, Fix, SpecError
 from gkd_dsl.meaning import imports, parameters
 from gkd_dsl.meaning.context import Context, ResolvedParam, replace, suggest
@@ -14,6 +16,7 @@ from gkd_dsl.meaning.values import (
     Loss,
     Method,
     Model,
+    Source,
     Unknown,
     Value,
     kind,
@@ -23,6 +26,7 @@ from gkd_dsl.syntax import ast, parse_expression
 from gkd_dsl.text import Span
 
 _VISIBLE = (ast.Param, ast.MethodDecl, ast.ImportAs, ast.ImportUse, ast.ImportPython, ast.DimDecl)
+SOURCE = "source"
 _DEPTH = 16
 _USES = 1024
 
@@ -87,7 +91,13 @@ def use(ctx: Context, scope: Scope, decl: ast.Use) -> Value:
         return UNKNOWN
     ctx.using.append(target.decl)
     try:
-        return instantiate(ctx, inner, target.decl, decl.alias.text, decl.span)
+        source = _source(ctx, scope, target.decl, decl)
+        if isinstance(source, Unknown):
+            return UNKNOWN
+        instance = instantiate(ctx, inner, target.decl, decl.alias.text, decl.span)
+        if isinstance(instance, Instance) and source is not None:
+            instance = ctx.instances[inner.prefix.rstrip("/")] = with_changes(instance, source=source)
+        return instance
     finally:
         ctx.using.pop()
 
@@ -117,6 +127,28 @@ def instantiate(ctx: Context, inner: Scope, method: ast.MethodDecl, name: str, s
     return instance
 
 
+def _source_is_free(method: ast.MethodDecl) -> bool:
+    """Whether `source = ...` is for the stages of a method: it has some, and no parameter of that name."""
+    stages = any(isinstance(stmt, ast.Stage) for stmt in method.body)
+    return stages and all(formal.name.text != SOURCE for formal in method.formals)
+
+
+def _source(ctx: Context, scope: Scope, method: ast.MethodDecl, decl: ast.Use) -> Source | Unknown | None:
+    """The data that the stages of a used method train on, where they do not name their own."""
+    for arg in decl.args:
+        if arg.name is None or arg.name.text != SOURCE or not _source_is_free(method):
+            continue
+        value = ctx.evaluate(scope, arg.value)
+        if isinstance(value, Source | Unknown):
+            return value
+        ctx.error(
+            scope, "E0404", f"`source` takes a data source, and this is {kind(value)}", arg.value.span,
+            f"the stages of `{method.name.text}` train on it",
+        )  # fmt: skip
+        return UNKNOWN
+    return None
+
+
 def _bind(ctx: Context, scope: Scope, inner: Scope, method: ast.MethodDecl, decl: ast.Use) -> bool:
     """Give every formal its value; False where something was reported."""
     name = method.name.text
@@ -129,6 +161,8 @@ def _bind(ctx: Context, scope: Scope, inner: Scope, method: ast.MethodDecl, decl
         if arg.name is None:
             good = _bind_models(ctx, scope, roles, arg, given, method) and good
             continue
+        if arg.name.text == SOURCE and _source_is_free(method):
+            continue  # Read by `use`.
         formal = plain_formals.get(arg.name.text) or next(
             (role for role in roles if role.name.text == arg.name.text), None
         )

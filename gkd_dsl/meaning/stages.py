@@ -5,7 +5,7 @@ from __future__ import annotations
 from gkd_dsl import schedules
 from gkd_dsl.diagnostics import Label
 from gkd_dsl.graph.nodes import EvaluateSpec, OptimSpec, SourceSpec, StageNode
-from gkd_dsl.meaning import counters, imports, policies, settings, stage_checks
+from gkd_dsl.meaning import counters, gradients, imports, policies, settings, stage_checks
 from gkd_dsl.meaning.context import Context
 from gkd_dsl.meaning.declare import named_loss, value_of
 from gkd_dsl.meaning.evaluate import as_loss
@@ -46,13 +46,13 @@ def run(ctx: Context, scope: Scope, decl: ast.Run) -> None:
         )
         return
     for stage in value.stages:
-        elaborate(ctx, value.scope, stage, prefix=f"{value.name}.")
+        elaborate(ctx, value.scope, stage, prefix=f"{value.name}.", given=value.source)
 
 
-def elaborate(ctx: Context, scope: Scope, decl: ast.Stage, prefix: str = "") -> None:
-    """A stage, or one for each index of a family of stages."""
+def elaborate(ctx: Context, scope: Scope, decl: ast.Stage, prefix: str = "", given: Source | None = None) -> None:
+    """A stage, or one for each index of a family of stages; `given` is its data where it does not name its own."""
     if decl.each is None:
-        _one(ctx, scope, decl, f"{prefix}{decl.name.text}")
+        _one(ctx, scope, decl, f"{prefix}{decl.name.text}", given)
         return
     binder, written = decl.each
     over = ctx.evaluate(scope, written)
@@ -69,10 +69,10 @@ def elaborate(ctx: Context, scope: Scope, decl: ast.Stage, prefix: str = "") -> 
         return
     for number in range(over.lo, over.hi):
         inner = scope.child(**{binder.text: Num(number)})
-        _one(ctx, inner, decl, f"{prefix}{decl.name.text}.{number}")
+        _one(ctx, inner, decl, f"{prefix}{decl.name.text}.{number}", given)
 
 
-def _one(ctx: Context, outer: Scope, decl: ast.Stage, name: str) -> None:
+def _one(ctx: Context, outer: Scope, decl: ast.Stage, name: str, given: Source | None) -> None:
     if any(stage.name == name for stage in ctx.stages):
         ctx.error(outer, "E0245", f"there is a stage `{name}` already", decl.name.span, "again here")
         return
@@ -89,7 +89,7 @@ def _one(ctx: Context, outer: Scope, decl: ast.Stage, name: str) -> None:
     )
     duration = _duration(ctx, scope, decl)
     objective = _objective(ctx, scope, decl, name)
-    source = _source(ctx, scope, decl, found)
+    source = _source(ctx, scope, decl, found, given)
     trained = training(ctx, scope, decl, objective)
     evaluations, best = _evaluations(ctx, scope, decl)
     if objective is None or duration is None or trained is None:
@@ -98,6 +98,7 @@ def _one(ctx: Context, outer: Scope, decl: ast.Stage, name: str) -> None:
         return
     terms = _terms(ctx, scope, objective, name, decl)
     stage_checks.reach(ctx, scope, decl, terms, trained)
+    gradients.kept(ctx, scope, [loss for _, loss in terms], decl.name.span)
     node = _node(ctx, scope, decl, name, duration, found, terms, trained, evaluations, best, source)
     ctx.builder.add(node)
     for slot, (_, loss) in enumerate(terms):
@@ -203,7 +204,9 @@ def _terms(
     return list(terms.values())
 
 
-def _source(ctx: Context, scope: Scope, decl: ast.Stage, found: dict[str, Value]) -> SourceSpec | None:
+def _source(
+    ctx: Context, scope: Scope, decl: ast.Stage, found: dict[str, Value], given: Source | None
+) -> SourceSpec | None:
     ctx.pending.discard("source")
     if "source" in found:
         value = found["source"]
@@ -214,6 +217,8 @@ def _source(ctx: Context, scope: Scope, decl: ast.Stage, found: dict[str, Value]
         # It was reported, or is a source of a later version.
         ctx.pending.add("source")
         return None
+    if given is not None:
+        return given.spec
     sources = [d for d in ctx.root_scope.names.values() if isinstance(d.decl, ast.DataDecl)]
     if len(sources) == 1:
         value = value_of(ctx, ctx.root_scope, sources[0], decl.span, scope)

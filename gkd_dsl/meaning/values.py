@@ -13,7 +13,7 @@ from gkd_dsl.text import Location, Span
 from gkd_dsl.types import Dim, LossType, TensorType
 
 if TYPE_CHECKING:
-    from gkd_dsl.graph.nodes import OptimSpec, SourceSpec, TrainTarget
+    from gkd_dsl.graph.nodes import Change, OptimSpec, SourceSpec, TrainTarget
     from gkd_dsl.meaning.scope import Scope
 
 
@@ -95,15 +95,38 @@ class Condition:
 
 
 @dataclass(frozen=True)
+class Passed:
+    """What a further pass does.
+
+    inputs    which texts it reads, and in a student whose dropout: passes of equal inputs are one
+    columns   the tensors that stand in for columns of the batch
+    edges     what its changes read: keys of the graph with their slots
+    discard   whether its gradient is for `gradient(...)` alone
+    replaced  blocks that another model may stand in for, with its name
+    carries   what the gradient of the tensors that enter it reaches; `reads` what they are computed from
+    """
+
+    name: str
+    inputs: str
+    columns: tuple[tuple[str, str], ...] = ()
+    changes: tuple[Change, ...] = ()
+    edges: tuple[tuple[str, str], ...] = ()
+    discard: bool = False
+    replaced: tuple[tuple[int, str], ...] = ()
+    carries: frozenset[str] = frozenset()
+    reads: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
 class Model:
-    """A model of the spec, or a further pass of one (`forward` is then its own forward)."""
+    """A model of the spec, or a further pass of one (`forward` is then its own, and `passed` says what it is)."""
 
     name: str
     info: ModelInfo
     role: str
     forward: str
     defined: Span | None = field(default=None, compare=False)
-    further: bool = False
+    passed: Passed | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -225,7 +248,9 @@ class Policy:
 
 @dataclass(frozen=True)
 class Batch:
-    """The batch; its columns are tensors."""
+    """The batch; its columns are tensors, row b of which is that of sample b + `shift`."""
+
+    shift: int = 0
 
 
 @dataclass(frozen=True)
@@ -274,6 +299,7 @@ class Instance:
     total: Loss | None
     stages: tuple[ast.Stage, ...] = field(compare=False, default=())
     location: Location | None = field(compare=False, default=None)
+    source: Source | None = field(compare=False, default=None)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from meaning_help import HARD, SOFT, STUDENT, TEACHER, check, codes, good, inputs, node, parts, spec, stage
+from meaning_help import (
+    HARD,
+    LINES,
+    REVIEWS,
+    SOFT,
+    STUDENT,
+    TEACHER,
+    check,
+    codes,
+    good,
+    inputs,
+    node,
+    parts,
+    spec,
+    stage,
+)
 
 from gkd_dsl.graph.nodes import OpNode, StageNode, TrainTarget
 from gkd_dsl.meaning.check import check_path
@@ -199,3 +214,24 @@ def test_a_methods_variant_of_weight_zero_is_no_doubt_but_ones_own_is() -> None:
     models = 'teacher t = hf("models/teacher_mlm")\nstudent s = truncated(t, layers = [0, 3, 6, 9])\n'
     good(f'gkd 1\n{models}data lines = text("data/text.txt")\n{text}')
     assert codes(check(spec(HARD + SOFT + stage("minimize hard + 0 * soft")))) == ["W0702"]
+
+
+def test_the_data_of_a_methods_stages_is_given_where_it_is_used() -> None:
+    two = REVIEWS + LINES
+    text = 'import "gkd:kd" use kd\n' + TEACHER + STUDENT + two
+    checked = good(f"gkd 1\n{text}use kd(t -> s, source = reviews) as k\nrun k\nuse kd(t -> s, source = reviews) as m\n"
+                   + stage("source = lines\nminimize m.soft", "soft"))  # fmt: skip
+    assert [held.source.name for held in checked.stages if held.source] == ["reviews", "lines"]
+    for source, code in (("t", "E0404"), ("nothing", "E0203")):
+        found = check(f"gkd 1\n{text}use kd(t -> s, source = {source}) as k\nrun k\n")
+        assert codes(found)[0] == code
+    assert codes(check(f"gkd 1\n{text}use kd(t -> s) as k\nrun k\n"))[0] == "E0412"
+
+
+def test_models_given_by_name_are_not_given_twice() -> None:
+    method = "method chain(teacher a, model b, student c) {\n  loss soft = kl(c.logits <- a.logits)\n}\n"
+    body = method + "use chain(t -> s, b = m) as k\n" + stage("minimize k.soft")
+    checked = check(spec(body, TEACHER + STUDENT + 'model m = hf("models/student")\n'))
+    assert "E0244" not in codes(checked)
+    assert "E0235" not in codes(checked)
+    assert "loss/k/soft" in checked.graph

@@ -59,6 +59,7 @@ CASES: dict[str, Case] = {
     "kd": Case({"hard": _LABELS, "soft": ZERO}),
     "minilm": Case({"attn": ZERO, "value": ZERO}),
     "minilmv2": Case({"q": ZERO, "k": ZERO, "v": ZERO}, args="heads = 8", other={"heads": "4"}),
+    "pd": Case({"soft": STILL, "hard": _LABELS}),
     "pkd": Case({"hard": _LABELS, "soft": ZERO, "patient": ZERO, "patient_last": ZERO}, _EQUAL_WIDTH),
     "tinybert": Case(
         {"emb": ZERO, "attn": ZERO, "hid": ZERO, "emb_separate": ZERO, "hid_separate": ZERO, "soft": STILL},

@@ -130,7 +130,7 @@ def spec_plan(text: str, warns: tuple[str, ...] = ()):
 def made(plan, seed: int = 0, dtype: torch.dtype = torch.float64) -> dict:
     """The models of a stage with random weights, norms and biases included, by name alone."""
     models: dict = {}
-    for node in sorted(plan.models, key=lambda node: node.info.build.kind == "truncated"):
+    for node in sorted(plan.models, key=lambda node: node.info.build.base is not None):
         own = seed + 31 * sum(node.name.encode())
         models[node.name] = model = load(node.info, dtype=dtype, seed=own, models=models)
         generator = torch.Generator().manual_seed(own + 1)
