@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import fields
 from itertools import product
 
 from gkd_dsl.diagnostics import Diagnostic, Diagnostics
@@ -10,7 +12,7 @@ from gkd_dsl.graph.nodes import ModelNode
 from gkd_dsl.meaning import methods, parameters, stages
 from gkd_dsl.meaning.context import Context
 from gkd_dsl.meaning.scope import Definition, Scope
-from gkd_dsl.meaning.values import Instance, Model, Unknown, Value
+from gkd_dsl.meaning.values import Instance, Items, Model, Unknown, Value
 from gkd_dsl.models.info import Build, ModelInfo, Task
 from gkd_dsl.syntax import ast
 
@@ -29,7 +31,7 @@ def _specimen(task: Task, layers: int) -> ModelInfo:
 
 
 def check_methods(ctx: Context, scope: Scope, found: list[ast.MethodDecl]) -> None:
-    """Check each method over a twelve-layer teacher and a six-layer student of equal width.
+    """Check each method over a twelve-layer teacher (two where it counts them) and a six-layer student, equally wide.
 
     A method may want classifiers or language models: the first kind that it fits decides, and where it fits
     none, what is wrong with the first kind is reported.
@@ -49,11 +51,13 @@ def check_methods(ctx: Context, scope: Scope, found: list[ast.MethodDecl]) -> No
 
 def _try(ctx: Context, outer: Scope, decl: ast.MethodDecl, task: Task, layers: int) -> list[Diagnostic]:
     held = (ctx.diagnostics, ctx.builder, ctx.models, ctx.stages, ctx.shared)
+    ctx.policies, ctx.rewards = {}, {}
     ctx.diagnostics, ctx.builder, ctx.models, ctx.stages, ctx.shared = Diagnostics(), GraphBuilder(), {}, [], {}
     try:
         inner = Scope(outer.source, "", (), methods.surroundings(outer), outer.root)
+        counted = set(_counted(decl.body))
         for formal in decl.formals:
-            _formal(ctx, inner, formal, task, layers)
+            _formal(ctx, inner, formal, task, layers, formal.name.text in counted)
         value = methods.instantiate(ctx, inner, decl, decl.name.text, decl.span)
         if isinstance(value, Instance):
             for stage in value.stages:
@@ -63,14 +67,30 @@ def _try(ctx: Context, outer: Scope, decl: ast.MethodDecl, task: Task, layers: i
         ctx.diagnostics, ctx.builder, ctx.models, ctx.stages, ctx.shared = held
 
 
-def _formal(ctx: Context, inner: Scope, formal: ast.Formal, task: Task, layers: int) -> None:
+def _counted(tree: object) -> Iterator[str]:
+    """The names that a method counts by `teachers(ts)`."""
+    match tree:
+        case ast.Call(func=ast.Name(id="teachers"), args=args):
+            yield from (arg.value.id for arg in args if isinstance(arg.value, ast.Name))
+        case ast.Node():
+            for field in fields(tree):
+                yield from _counted(getattr(tree, field.name))
+        case tuple():
+            for item in tree:
+                yield from _counted(item)
+
+
+def _formal(ctx: Context, inner: Scope, formal: ast.Formal, task: Task, layers: int, several: bool) -> None:
     name = formal.name.text
     if formal.role is not None:
         info = _specimen(task, layers if formal.role == "student" else 12)
-        ctx.builder.add(ModelNode(f"model/{name}", name, formal.role, info))
-        model = Model(name, info, formal.role, f"{name}/forward", formal.name.span)
-        ctx.models[name] = model
-        inner.names[name] = Definition(name, formal, formal.name.span, model, used=True)
+        models = []
+        for each in (name, f"{name}_2") if several else (name,):
+            ctx.builder.add(ModelNode(f"model/{each}", each, formal.role, info))
+            ctx.models[each] = Model(each, info, formal.role, f"{each}/forward", formal.name.span)
+            models.append(ctx.models[each])
+        held: Value = Items(tuple(models)) if several else models[0]
+        inner.names[name] = Definition(name, formal, formal.name.span, held, used=True)
         return
     value: Value | None = None
     if formal.type is not None and not parameters.known_type(ctx, inner, formal.type):
