@@ -117,20 +117,22 @@ class StepModule(nn.Module):
         self._read_again = {
             key for item in plan.program if isinstance(item, Apply) for _, key in item.inputs if key in self._counted
         }
-        self._unchecked = True
+        self._unchecked = set(self._counted)
         self._frozen = self._freeze([models[node.name] for node in fixed if node.name in models])
 
     def forward(self, batch: Batch, clock: Clock, denominators: Denominators) -> StepOutput:
         """The losses of one micro-batch, each sum divided by its denominator over all micro-batches of the step.
 
-        Raises RunError: a column is missing, or (first batch) a tensor is not of the shape that the plan says.
+        Raises RunError: a column is missing, or a tensor, when first computed, has another shape than planned.
         """
         env = self._environment(batch)
-        check = self._shape_check(batch) if self._unchecked else None
         monitored = self._monitored(clock)
         losses = (*self.plan.losses, *monitored)
         coefficients = {loss.name: [(part.value(clock), key) for part, key in loss.parts] for loss in losses}
-        used = {key for parts in coefficients.values() for amount, key in parts if amount != 0.0 or check is not None}
+        used = {key for parts in coefficients.values() for amount, key in parts if amount != 0.0}
+        # Shapes are compared where a loss is first computed: what has no weight yet must draw no random numbers, or a
+        # run that goes on in the middle would not be the one that was not ended.
+        check = self._shape_check(batch) if self._unchecked & used else None
         sums: dict[str, Tensor] = {}
 
         def forward(key: str, env: Env) -> None:
@@ -146,7 +148,7 @@ class StepModule(nn.Module):
             value = self._sum(coefficients[loss.name], sums, batch)
             values[loss.name], weights[loss.name] = value, schedule.value(clock)
             total = total + weights[loss.name] * value
-        self._unchecked = False
+        self._unchecked -= used
         watched = {loss.name: self._sum(coefficients[loss.name], sums, batch).detach() for loss in monitored}
         return StepOutput(total, values, weights, watched)
 
