@@ -30,9 +30,12 @@ from typing import Literal
 
 from gkd_dsl.models.info import ModelInfo
 from gkd_dsl.models.taps import TapPath
-from gkd_dsl.schedules import Schedule, Span
+from gkd_dsl.schedules import Constant, Schedule, Span
 from gkd_dsl.text import Location
 from gkd_dsl.types import LossType, TensorType
+
+ALWAYS = Constant(1.0)
+"""A condition that holds throughout."""
 
 AttrValue = bool | int | float | str | None | Schedule | tuple["AttrValue", ...]
 
@@ -82,11 +85,12 @@ class SwapTap:
     """The tensor at `path` takes values of the one in slot `<slot>.source`.
 
     Slot `<slot>.at` says where: Bool[B, L] (true: take the source's value of the same position) or Int[B, L] (the
-    position of the source to take, -1: keep). Without it all of the tensor is taken.
+    position of the source to take, -1: keep). Without it all of the tensor is taken. It is done while `when` is not 0.
     """
 
     path: TapPath
     slot: str
+    when: Schedule = ALWAYS
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from gkd_dsl.meaning import builtins, declare, operators, paths
+from gkd_dsl.meaning import builtins, declare, gradients, operators, passes, paths
 from gkd_dsl.meaning.context import MOST, Context, replace, suggest
 from gkd_dsl.meaning.scope import Scope
 from gkd_dsl.meaning.values import (
@@ -25,8 +25,7 @@ from gkd_dsl.ops import registry
 from gkd_dsl.syntax import ast
 
 LATER = {
-    "random_spans", "roll", "gradient", "norm", "keep", "ids",
-    "rollout", "cached", "logit_cache", "bnb", "peft", "torchao",
+    "keep", "ids", "rollout", "cached", "logit_cache", "bnb", "peft", "torchao",
 }  # fmt: skip
 """Functions of passes, events, policies and generation: known to the checker, not run in this version."""
 
@@ -46,7 +45,13 @@ _OF_NUMBERS: dict[str, Callable[[float], float]] = {
 
 def is_function(name: str) -> bool:
     """Whether a name is a function of the language."""
-    return name in builtins.BUILTINS or name in LATER or name in DECLARED or registry.lookup(name) is not None
+    return (
+        name in builtins.BUILTINS
+        or name == "gradient"
+        or name in LATER
+        or name in DECLARED
+        or registry.lookup(name) is not None
+    )
 
 
 def call(ctx: Context, scope: Scope, expr: ast.Call) -> Value:
@@ -69,10 +74,10 @@ def call(ctx: Context, scope: Scope, expr: ast.Call) -> Value:
         if isinstance(value, LossFunction):
             return _call_loss(ctx, scope, value, expr)
         if isinstance(value, Model):
-            # `t(roll(batch))`: a further forward on other inputs.
-            for arg in expr.args:
-                ctx.evaluate(scope, arg.value)
-            return ctx.not_yet(scope, "a forward on other inputs", expr.span)
+            return ctx.error(
+                scope, "E0228", f"`{name}` is {kind(value)}, and is not called", func.span,
+                f"declare a pass: `pass x = {expr.span.text}`",
+            )  # fmt: skip
         if isinstance(value, Method):
             return ctx.error(scope, "E0230", f"`{name}` is a method: write `use {expr.span.text} as ...`", func.span)
         if not is_function(name):
@@ -80,6 +85,10 @@ def call(ctx: Context, scope: Scope, expr: ast.Call) -> Value:
             return ctx.error(scope, "E0228", f"`{name}` is {kind(value)}, and is not called", func.span, fix=fix)
     if name in builtins.BUILTINS:
         return builtins.call(ctx, scope, name, expr)
+    if name == "roll" and (moved := passes.roll(ctx, scope, expr)) is not None:
+        return moved
+    if name == "gradient":
+        return gradients.gradient(ctx, scope, expr)
     spec = registry.lookup(name)
     if spec is not None:
         number = _of_number(ctx, scope, name, expr) if name in _OF_NUMBERS else None
@@ -90,7 +99,7 @@ def call(ctx: Context, scope: Scope, expr: ast.Call) -> Value:
         return ctx.not_yet(scope, f"`{name}`", expr.span)
     if name in DECLARED:
         return ctx.error(scope, "E0230", f"`{name}` declares {DECLARED[name]}", func.span, "not inside an expression")
-    candidates = [*registry.names(), *builtins.BUILTINS, *LATER]
+    candidates = [*registry.names(), *builtins.BUILTINS, "gradient", *LATER]
     label, near = suggest(name, candidates)
     return ctx.error(
         scope,

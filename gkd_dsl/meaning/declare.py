@@ -11,12 +11,13 @@ from gkd_dsl.meaning import (
     counters,
     counting,
     data,
+    gradients,
     imports,
-    later,
     methods,
     modelling,
     operators,
     parameters,
+    passes,
     paths,
     policies,
 )
@@ -122,7 +123,7 @@ def _declare(ctx: Context, scope: Scope, definition: Definition) -> Value:
         case ast.ImportPython():
             return imports.python_module(ctx, scope, decl)
         case ast.Pass():
-            return later.further_pass(ctx, scope, decl)
+            return passes.declare(ctx, scope, decl)
         case ast.Counter():
             return counters.declare(ctx, scope, decl)
         case ast.Policy():
@@ -222,7 +223,7 @@ def named_loss(ctx: Context, scope: Scope, loss: Loss, name: str, expr: ast.Expr
     key = f"loss/{full}"
     if key in ctx.builder:
         key = ctx.builder.fresh(key)
-    parts = list(_atoms(ctx, loss))
+    parts = list(atoms(ctx, loss))
     ctx.builder.add(
         LossNode(
             key,
@@ -237,7 +238,7 @@ def named_loss(ctx: Context, scope: Scope, loss: Loss, name: str, expr: ast.Expr
     return NamedLoss(key, key.removeprefix("loss/"), loss.carries)
 
 
-def _atoms(ctx: Context, loss: Loss) -> Iterator[tuple[schedules.Schedule, str]]:
+def atoms(ctx: Context, loss: Loss) -> Iterator[tuple[schedules.Schedule, str]]:
     """The operators of a loss with the product of the weights on the way to each."""
     for term in loss.terms:
         if isinstance(term.loss, Atom):
@@ -274,7 +275,7 @@ def _metric(ctx: Context, scope: Scope, decl: ast.MetricDecl) -> Value:
     ctx.builder.add(node)
     for slot, source in inputs.items():
         ctx.builder.connect(source, node.key, slot)
-    return Metric(node.key, name)
+    return Metric(node.key, name) if gradients.measured(ctx, scope, node.key, decl.value.span) else UNKNOWN
 
 
 # --- projections --------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from typing import Literal, cast
 
 from gkd_dsl import schedules
 from gkd_dsl.diagnostics import Label
-from gkd_dsl.meaning import calls, conditions, declare, operators, paths, policies
+from gkd_dsl.meaning import calls, conditions, declare, operators, passes, paths, policies
 from gkd_dsl.meaning.context import MOST, Context, replace, suggest
 from gkd_dsl.meaning.scope import Scope
 from gkd_dsl.meaning.values import (
@@ -137,7 +137,8 @@ def _attribute(ctx: Context, scope: Scope, expr: ast.Attr) -> Value:
         case Model() | TapPart():
             return paths.member(ctx, scope, base, expr)
         case Batch():
-            return operators.batch_column(ctx, scope, expr)
+            column = operators.batch_column(ctx, scope, expr)
+            return passes.rolled(ctx, scope, column, base.shift, expr) if isinstance(column, Tensor) else column
         case Instance():
             return _instance_member(ctx, scope, base, expr)
         case Policy():

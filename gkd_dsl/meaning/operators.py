@@ -112,6 +112,8 @@ def call(ctx: Context, scope: Scope, spec: registry.OpSpec, expr: ast.Call) -> V
             plain_value = None if isinstance(value, Items) and not _is_plain(value) else plain(value)
             if plain_value is None:
                 return ctx.error(scope, "E0303", f"`{name}` of `{spec.name}` does not take {kind(value)}", where.span)
+            if name == "share" and isinstance(plain_value, schedules.Span) and plain_value.unit == "percent":
+                plain_value = plain_value.amount / 100.0
             if isinstance(plain_value, schedules.Span):
                 return mismatch.unit(ctx, scope, name, spec, value, where)
             values[name] = cast(AttrValue, plain_value)

@@ -18,7 +18,7 @@ def misses(ctx: Context, key: str, trained: Training) -> list[TapNode]:
     waiting, seen = [key], {key}
     while waiting:
         node = ctx.builder.node(waiting.pop())
-        if isinstance(node, OpNode) and node.op == "detach":
+        if isinstance(node, OpNode) and node.op in ("detach", "gradient"):
             continue
         if isinstance(node, ProjectNode) and TrainTarget("project", node.name) in trained.targets:
             return []
@@ -43,7 +43,7 @@ def _plain(ctx: Context, forward: ForwardNode) -> bool:
 
 def _may_train(ctx: Context, tap: TapNode, trained: Training) -> bool:
     info = ctx.models[tap.model].info if tap.model in ctx.models else None
-    depth = _depth_of_tap(info, tap.path) if info is not None else None
+    depth = depth_of_tap(info, tap.path) if info is not None else None
     for target in trained.targets:
         if target.kind != "model" or target.name != tap.model:
             continue
@@ -62,7 +62,7 @@ def _depth_of_part(info: ModelInfo, part: str | None) -> int:
     return 0
 
 
-def _depth_of_tap(info: ModelInfo, path: TapPath) -> int | None:
+def depth_of_tap(info: ModelInfo, path: TapPath) -> int | None:
     """The deepest part that a tap comes from; None where it is not known."""
     count = info.size("N")
     if count is None or path.kind in ("weight", "module"):

@@ -97,8 +97,8 @@ def _one(ctx: Context, outer: Scope, decl: ast.Stage, name: str, given: Source |
     if source is None and "source" not in ctx.pending:
         return
     terms = _terms(ctx, scope, objective, name, decl)
-    stage_checks.reach(ctx, scope, decl, terms, trained)
-    gradients.kept(ctx, scope, [loss for _, loss in terms], decl.name.span)
+    if gradients.kept(ctx, scope, [loss for _, loss in terms], decl.name.span):
+        stage_checks.reach(ctx, scope, decl, terms, trained)
     node = _node(ctx, scope, decl, name, duration, found, terms, trained, evaluations, best, source)
     ctx.builder.add(node)
     for slot, (_, loss) in enumerate(terms):

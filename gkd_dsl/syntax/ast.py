@@ -452,27 +452,20 @@ class Replace(Node):
 
 @dataclass(frozen=True, eq=False)
 class Swap(Node):
-    """`swap target from source [at positions] [for ...]`."""
+    """`swap target from source [at positions] [for ...] [when condition]`."""
 
     target: Expr
     source: Expr
     at: Expr | None
     over: tuple[tuple[Ident, ...], Expr] | None
+    when: Expr | None
 
 
 @dataclass(frozen=True, eq=False)
 class AddTo(Node):
     """`add embed = noise`."""
 
-    target: Ident
-    value: Expr
-
-
-@dataclass(frozen=True, eq=False)
-class Remap(Node):
-    """`remap ids = map`."""
-
-    target: Ident
+    target: Expr
     value: Expr
 
 
@@ -482,7 +475,7 @@ class Pass(Node):
 
     name: Ident
     value: Expr
-    body: tuple[Setting | Replace | Swap | AddTo | Remap, ...]
+    body: tuple[Setting | Replace | Swap | AddTo, ...]
 
 
 @dataclass(frozen=True, eq=False)

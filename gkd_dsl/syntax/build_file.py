@@ -249,13 +249,16 @@ class FileBuilder(ExpressionBuilder):
         )
 
     def _s_swap(self, tree: Tree) -> ast.Swap:
-        target, source, at, over = cast("list[Any]", tree.children)
+        target, source, at, over, when = cast("list[Any]", tree.children)
         return ast.Swap(
-            self.span(tree), self.expression(target), self.expression(source), self.optional(at), self._over(over)
+            self.span(tree),
+            self.expression(target),
+            self.expression(source),
+            self.optional(at),
+            self._over(over),
+            self.optional(when),
         )
 
     def _s_add(self, tree: Tree) -> ast.AddTo:
-        return ast.AddTo(*self._named(tree))
-
-    def _s_remap(self, tree: Tree) -> ast.Remap:
-        return ast.Remap(*self._named(tree))
+        target, value = cast("list[Any]", tree.children)
+        return ast.AddTo(self.span(tree), self.expression(target), self.expression(value))

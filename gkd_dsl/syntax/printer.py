@@ -185,12 +185,9 @@ def statement(node: Any) -> list[str]:
         case ast.Let() | ast.ProjectDecl():
             keyword = "let" if isinstance(node, ast.Let) else "project"
             return [f"{keyword} {node.name.text}{_indices(node.indices)} = {e(node.value)}"]
-        case ast.DataDecl() | ast.MaskDecl() | ast.MetricDecl() | ast.AddTo() | ast.Remap():
-            keyword = {ast.DataDecl: "data", ast.MaskDecl: "mask", ast.MetricDecl: "metric", ast.AddTo: "add"}.get(
-                type(node), "remap"
-            )
-            name = node.target if isinstance(node, ast.AddTo | ast.Remap) else node.name
-            return [f"{keyword} {name.text} = {e(node.value)}"]
+        case ast.DataDecl() | ast.MaskDecl() | ast.MetricDecl():
+            keyword = {ast.DataDecl: "data", ast.MaskDecl: "mask"}.get(type(node), "metric")
+            return [f"{keyword} {node.name.text} = {e(node.value)}"]
         case ast.LossDecl():
             formals = f"({', '.join(map(_formal, node.formals))})" if node.formals is not None else ""
             return [f"loss {node.name.text}{_indices(node.indices)}{formals} = {e(node.value)}"]
@@ -233,7 +230,10 @@ def statement(node: Any) -> list[str]:
             return [f"replace {e(node.target)} with {e(node.source)}{_changed(node.over)}{when}"]
         case ast.Swap():
             at = f" at {e(node.at)}" if node.at is not None else ""
-            return [f"swap {e(node.target)} from {e(node.source)}{at}{_changed(node.over)}"]
+            when = f" when {e(node.when)}" if node.when is not None else ""
+            return [f"swap {e(node.target)} from {e(node.source)}{at}{_changed(node.over)}{when}"]
+        case ast.AddTo():
+            return [f"add {e(node.target)} = {e(node.value)}"]
     raise AssertionError(node)
 
 

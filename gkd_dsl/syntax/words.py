@@ -13,7 +13,7 @@ TOP_ONLY = ("teacher", "student", "model", "data", "param", "method", "import", 
 BLOCK_ONLY = ("train", "freeze", "minimize", "total", "evaluate", "keep")
 """Statements of a stage or a method."""
 
-PASS_ONLY = ("replace", "swap", "add", "remap")
+PASS_ONLY = ("replace", "swap", "add")
 """Changes inside a pass."""
 
 TOP = (*TOP_ONLY, *ANYWHERE)
@@ -119,7 +119,7 @@ def declarations() -> str:
 def statements(kind: str) -> str:
     """The statements of a block, in words."""
     if kind == "pass":
-        return "a change: replace, swap, add, remap, or a setting such as `grad = discard`"
+        return "a change: replace, swap, add, or a setting such as `grad = discard`"
     if kind == "runtime":
         return "a setting such as `precision = bf16`, or `teacher t { ... }`"
     if kind in ("teacher", "student", "model", "policy", "placement"):
