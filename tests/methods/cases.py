@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from harness import Models
-
-from gkd_dsl import library
+from harness import Models, methods
 
 _PLAIN = Models()
-ZERO, STILL = "zero", "still"
+ZERO, STILL, INNER = "zero", "still", "inner"
 PROPERTIES = ("padding", "parts", "slope", "extreme", "order", "left")
 
 
@@ -51,18 +49,44 @@ class Case:
 _EQUAL_WIDTH = Models((4, 16, 4), (2, 16, 4))
 _LANGUAGE = Models((4, 16, 4), (2, 16, 4), "masked_lm")
 _LABELS = "it compares with the labels"
+_MIXED = "a layer is compared with a mean of several"
+_HEADS = "the heads of the two sides differ"
 CASES: dict[str, Case] = {
+    "alp_kd": Case(
+        {"hard": _LABELS, "soft": ZERO} | dict.fromkeys(("attended", "attended_detached", "attended_pooled"), _MIXED),
+        _EQUAL_WIDTH,
+        apart={"slope": ("pooled_lam = 1.0", "the third term has a query without a gradient")},
+    ),
+    "ckd": Case(
+        {"hard": _LABELS} | dict.fromkeys(("soft", "tokens", "layers", "token_angles", "layer_angles"), ZERO),
+        args="alpha = 0.5",
+        other={"alpha": "0.25"},
+    ),
     "distilbert": Case(
         {"soft": ZERO, "soft_all": ZERO, "mlm": _LABELS, "cos": ZERO},
         _LANGUAGE,
     ),
     "kd": Case({"hard": _LABELS, "soft": ZERO}),
+    "mgskd": Case(
+        dict.fromkeys(("token", "span", "drawn_span", "sample", "soft"), ZERO),
+        args="heads = 8",
+        other={"heads": "4"},
+        apart={
+            "parts": ("heads = 8, sample_weight = 0.0", "a text is compared with the others of its micro-batch"),
+            "order": ("heads = 8", "spans are drawn by the place of a text in the batch"),
+        },
+    ),
     "minilm": Case({"attn": ZERO, "value": ZERO}),
     "minilmv2": Case({"q": ZERO, "k": ZERO, "v": ZERO}, args="heads = 8", other={"heads": "4"}),
     "pd": Case({"soft": STILL, "hard": _LABELS}),
     "pkd": Case({"hard": _LABELS, "soft": ZERO, "patient": ZERO, "patient_last": ZERO}, _EQUAL_WIDTH),
     "tinybert": Case(
         {"emb": ZERO, "attn": ZERO, "hid": ZERO, "emb_separate": ZERO, "hid_separate": ZERO, "soft": STILL},
+    ),
+    "universal_kd": Case(
+        {"hard": _LABELS, "soft": ZERO, "anchor": _LABELS, "anchor_pooled": _LABELS}
+        | dict.fromkeys(("layers", "layers_joint", "layers_pooled"), _HEADS),
+        without={"slope": "what a layer is compared with moves without a gradient"},
     ),
 }  # fmt: skip
 
@@ -73,13 +97,32 @@ REFUSED: dict[tuple[str, str], tuple[str, str]] = {}
 def full_args(method: str) -> str:
     """Arguments with which every loss of the method is there: a weight that is 0.0 by default becomes 1.0."""
     case, found = CASES[method], {}
-    for param in library.describe(method).params:
+    for param in params_of(method):
         if param.type == "float" and float_or_none(param.default) == 0.0 and inside(1.0, param.within):
             found[param.name] = "1.0"
     found |= case.raised
     given = {part.partition("=")[0].strip() for part in case.args.split(",")}
     added = [f"{name} = {text}" for name, text in found.items() if text is not None and name not in given]
     return ", ".join([case.args, *added] if case.args else added)
+
+
+@dataclass(frozen=True)
+class Param:
+    """A parameter of a method, as it is written."""
+
+    name: str
+    type: str
+    default: str
+    within: str
+
+
+def params_of(method: str) -> list[Param]:
+    found = []
+    for formal in methods()[method][1].formals:
+        if formal.type is not None:
+            texts = [part.span.text if part is not None else "" for part in (formal.default, formal.within)]
+            found.append(Param(formal.name.text, formal.type.name.text, *texts))
+    return found
 
 
 def float_or_none(text: str) -> float | None:

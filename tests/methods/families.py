@@ -6,9 +6,7 @@ import os
 from pathlib import Path
 
 from cases import CASES
-from harness import CAUSAL, FAMILIES, Models, errors, spec, use
-
-from gkd_dsl import library
+from harness import CAUSAL, FAMILIES, Models, errors, methods, spec, use
 
 PAGE = Path(__file__).parents[2] / "docs" / "methods" / "families.md"
 UPDATE = bool(os.environ.get("GKD_UPDATE_FAMILIES"))
@@ -34,7 +32,7 @@ def answer(name: str, family: str) -> tuple[str, str]:
 
 def rows() -> list[tuple[str, str, tuple[str, str]]]:
     """(method, family, answer) for every method and family."""
-    return [(name, family, answer(name, family)) for name in library.names() for family in FAMILIES]
+    return [(name, family, answer(name, family)) for name in list(methods()) for family in FAMILIES]
 
 
 def page() -> str:
@@ -55,7 +53,7 @@ def page() -> str:
         "|---|---|" + "---|" * len(FAMILIES),
     ]
     refusals: dict[tuple[str, str], list[str]] = {}
-    for name in library.names():
+    for name in list(methods()):
         cells = []
         for family in FAMILIES:
             code, said = answers[name, family]

@@ -11,10 +11,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from gkd_dsl import library
 from gkd_dsl.graph.passes import compile_plan
 from gkd_dsl.meaning.check import check_text
 from gkd_dsl.runtime.distiller import Distiller
 from gkd_dsl.runtime.models.load import load
+from gkd_dsl.syntax import ast, parse
+from gkd_dsl.text import Source
 
 VOCABULARY, CLASSES, HEADS = 41, 3, 4
 FAMILIES = ("bert", "roberta", "llama", "gpt2")
@@ -99,8 +102,23 @@ def spec(models: Models, *body: str) -> str:
     return "\n".join(["gkd 1", *models.lines(), *body]) + "\n"
 
 
+@cache
+def methods() -> dict[str, tuple[str, ast.MethodDecl]]:
+    """Every method of the library, with the file that it is in: a file may hold variants beside its own."""
+    found = {}
+    for file in library.names():
+        tree, _ = parse(Source(f"gkd:{file}", library.method_text(file)))
+        found |= {item.name.text: (file, item) for item in tree.items if isinstance(item, ast.MethodDecl)}
+    return found
+
+
+def losses_of(method: str) -> list[str]:
+    return [item.name.text for item in methods()[method][1].body if isinstance(item, ast.LossDecl)]
+
+
 def use(method: str, call: str, args: str = "", alias: str = "m") -> list[str]:
-    return [f'import "gkd:{method}" use {method}', f"use {method}({call}{args and ', ' + args}) as {alias}"]
+    file = methods()[method][0]
+    return [f'import "gkd:{file}" use {method}', f"use {method}({call}{args and ', ' + args}) as {alias}"]
 
 
 @cache
@@ -176,7 +194,8 @@ class Step:
     def __call__(self, *batches, row: int = 0):
         """The objective and each loss of one micro-batch, over the denominators of all of them."""
         counts = self.distiller.denominators(batches)
-        out = self.distiller.module(batches[row], self.distiller._clock, counts)
+        clock = replace(self.distiller.counters.on(self.distiller._clock), micro=row)
+        out = self.distiller.module(batches[row], clock, counts)
         return out.loss, out.values
 
     def gradient(self, value: Tensor) -> Tensor:

@@ -4,11 +4,9 @@ import pytest
 import torch
 from cases import CASES, full_args
 from families import CAUSAL, FAMILIES, PAGE, UPDATE, answer, models_of, page
-from harness import Step, batch_of, close, made, plans, spec, use
+from harness import Step, batch_of, close, made, methods, plans, spec, use
 
-from gkd_dsl import library
-
-CELLS = [(name, family) for name in library.names() for family in FAMILIES]
+CELLS = [(name, family) for name in list(methods()) for family in FAMILIES]
 EACH = pytest.mark.parametrize(("name", "family"), CELLS)
 
 

@@ -1,12 +1,10 @@
 """Every method of the library has an entry in the table, and the table says nothing that is not so."""
 
 import pytest
-from cases import CASES, PROPERTIES, second_values
-from harness import FAMILIES, errors, plans, spec, use
+from cases import CASES, PROPERTIES, params_of, second_values
+from harness import FAMILIES, errors, losses_of, methods, plans, spec, use
 
-from gkd_dsl import library
-
-NAMES = library.names()
+NAMES = list(methods())
 EACH = pytest.mark.parametrize("name", NAMES)
 
 
@@ -18,9 +16,8 @@ def test_every_method_has_an_entry() -> None:
 
 @EACH
 def test_the_entry_names_what_the_method_has(name: str) -> None:
-    case, info = CASES[name], library.describe(name)
-    params = {param.name for param in info.params}
-    assert set(case.equal) == set(info.losses)
+    case, params = CASES[name], {param.name for param in params_of(name)}
+    assert set(case.equal) == set(losses_of(name))
     assert set(case.other) | set(case.idle) | set(case.raised) <= params
     assert set(case.without) | set(case.apart) <= set(PROPERTIES)
     assert set(case.refused) <= set(FAMILIES)
@@ -30,10 +27,10 @@ def test_the_entry_names_what_the_method_has(name: str) -> None:
 
 @EACH
 def test_every_number_among_its_parameters_changes_what_is_run(name: str) -> None:
-    case, info = CASES[name], library.describe(name)
+    case = CASES[name]
     text = spec(case.models, *use(name, case.call, case.args), "run m")
     plain = plans(text, case.warns)
-    for param in info.params:
+    for param in params_of(name):
         if param.type not in ("int", "float", "bool") or param.name in case.idle:
             continue
         values = [case.other[param.name]] if param.name in case.other else second_values(param)

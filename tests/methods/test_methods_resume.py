@@ -8,15 +8,14 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import CASES, full_args
-from harness import batch_of, spec, spec_plan, use
+from harness import batch_of, methods, spec, spec_plan, use
 
-from gkd_dsl import library
 from gkd_dsl.runtime.errors import Stopped
 from gkd_dsl.runtime.run_folder import RunFolder
 from gkd_dsl.runtime.stages import Run
 from gkd_dsl.schedules import Span
 
-EACH = pytest.mark.parametrize("name", library.names())
+EACH = pytest.mark.parametrize("name", list(methods()))
 STEPS, BATCHES = 5, 2
 
 

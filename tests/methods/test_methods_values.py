@@ -5,16 +5,15 @@ from functools import cache
 
 import pytest
 import torch
-from cases import CASES, STILL, ZERO, full_args
-from harness import Step, batch_of, close, made, plans, spec, use
-from hypothesis import given, settings
+from cases import CASES, INNER, STILL, ZERO, full_args
+from harness import Step, batch_of, close, made, methods, plans, spec, use
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from gkd_dsl import library
-
-NAMES = library.names()
+NAMES = list(methods())
 EACH = pytest.mark.parametrize("name", NAMES)
-FEW = settings(max_examples=2, derandomize=True, database=None)
+# No shrinking: what is drawn is small.
+FEW = settings(max_examples=2, derandomize=True, database=None, phases=[Phase.generate])
 LENGTHS = st.lists(st.integers(3, 7), min_size=4, max_size=4).map(tuple)
 
 
@@ -113,7 +112,8 @@ def test_equal_models_give_what_the_table_says(name) -> None:
                 assert abs(value.item()) > 1e-6, f"{where} is zero: say so in the table"
             elif said != ZERO and value.requires_grad:
                 assert max(size, abs(value.item())) > 1e-6, f"{where} is zero: say so in the table"
-    assert seen == set(case.equal), "losses that no stage has"
+    inner = {loss for loss, said in case.equal.items() if said == INNER}
+    assert seen == set(case.equal) - inner, "losses that no stage has, or that are not INNER"
 
 
 @EACH
