@@ -125,7 +125,9 @@ def _cost(info: library.MethodInfo) -> list[str]:
             cells = (title, f"`{forward.name}`", f"`{forward.model}`", f"{run}, {way}", taps)
             lines.append(f"| {' | '.join(cells)} |")
         what = "beside the student " if cost.student else ""
-        beside += [f"- {title}: {what}trains {part.kind} `{part.name}`{_size(part.parameters)}" for part in cost.beside]
+        beside += [
+            f"- {title}: {what}trains {part.kind} `{part.name}`{_size(part.parameters)}" for part in cost.grouped
+        ]
     if beside:
         lines += ["", *beside]
     return [*lines, "", f"![The graph of {info.name}](../images/methods/{info.name}.svg)"]

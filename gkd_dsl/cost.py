@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from gkd_dsl.fitting import fitting
-from gkd_dsl.graph.families import indices
+from gkd_dsl.graph.access import natural
+from gkd_dsl.graph.families import family_name, indices, masked
 from gkd_dsl.graph.nodes import PolicyNode
 from gkd_dsl.graph.plan import ForwardPlan, StagePlan
 
@@ -74,6 +75,20 @@ class StageCost:
         backward = sum(forward.trains for forward in self.forwards)
         more = f", {self.extra} more than fine-tuning" if self.extra else ""
         return f"{count} forward{'s' if count != 1 else ''}{more}; {backward} with a backward"
+
+    @property
+    def grouped(self) -> tuple[Beside, ...]:
+        """What trains beside the student, projections that differ by a number as one: `U[0..4]`."""
+        groups: dict[tuple[str, str], list[Beside]] = {}
+        for part in self.beside:
+            groups.setdefault((part.kind, masked(part.name)), []).append(part)
+        found = []
+        for (kind, _), parts in groups.items():
+            sizes = [part.parameters for part in parts if part.parameters is not None]
+            name = family_name(sorted((part.name for part in parts), key=natural))
+            words = kind if len(parts) == 1 else f"{kind}s"
+            found.append(Beside(words, name, sum(sizes) if sizes else None))
+        return tuple(found)
 
 
 @lru_cache(maxsize=64)

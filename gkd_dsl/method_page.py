@@ -84,8 +84,8 @@ def cost_lines(info: MethodInfo, width: int) -> list[str]:
         lines.append(f"  {title}: {cost.words}")
         for forward in cost.forwards:
             lines += wrap(str(forward), width, initial_indent="    ", subsequent_indent="      ")
-        lines += [f"    trains beside the student: {part}" for part in cost.beside] if cost.student else [
-            f"    trains: {part}" for part in cost.beside
+        lines += [f"    trains beside the student: {part}" for part in cost.grouped] if cost.student else [
+            f"    trains: {part}" for part in cost.grouped
         ]  # fmt: skip
     return lines
 

@@ -17,6 +17,7 @@ COMMANDS = {
     "eval": ("gkd_dsl.cli.run", "evaluate"),
     "export": ("gkd_dsl.cli.run", "export"),
     "methods": ("gkd_dsl.cli.methods", "methods"),
+    "init": ("gkd_dsl.cli.init", "init"),
     "doctor": ("gkd_dsl.cli.doctor", "doctor"),
 }
 

@@ -234,7 +234,7 @@ def _check_csv(path: Path, args: Mapping[str, AttrValue]) -> list[SourceProblem]
             problems.append(SourceProblem(role, f"`{path.name}` has no column `{column}`", near, None, "column"))
     if problems:
         hint = f"its columns are {', '.join(header[:20])}"
-        if not args.get("columns") and not _looks_like_header(header):
+        if not args.get("columns") and not looks_like_header(header):
             names = ", ".join(json.dumps(name) for name in _names_for(len(header), list(used_columns(args).values())))
             hint = f"its first line looks like a row; if it has no header, name the columns: `columns = [{names}]`"
         return [SourceProblem(p.arg, p.message, p.near, hint, p.kind) for p in problems]
@@ -275,7 +275,7 @@ def _check_delimiter(
     return []
 
 
-def _looks_like_header(cells: list[str]) -> bool:
+def looks_like_header(cells: list[str]) -> bool:
     """Short, filled, distinct cells without numbers are names of columns."""
     return len(set(cells)) == len(cells) and all(
         cell.strip() and len(cell) <= 40 and number_of(cell) is None for cell in cells
