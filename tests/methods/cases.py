@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from harness import Models, methods
 
@@ -48,6 +48,7 @@ class Case:
 
 _EQUAL_WIDTH = Models((4, 16, 4), (2, 16, 4))
 _LANGUAGE = Models((4, 16, 4), (2, 16, 4), "masked_lm")
+_TWO = Models((4, 16, 4), (2, 16, 4), more=(("teacher", "u", (3, 16, 4)),))
 _LABELS = "it compares with the labels"
 _MIXED = "a layer is compared with a mean of several"
 _HEADS = "the heads of the two sides differ"
@@ -57,10 +58,17 @@ CASES: dict[str, Case] = {
         _EQUAL_WIDTH,
         apart={"slope": ("pooled_lam = 1.0", "the third term has a query without a gradient")},
     ),
+    "alp_kd_buckets": Case({"hard": _LABELS, "soft": ZERO, "attended": ZERO}, _EQUAL_WIDTH),
+    "alp_kd_projected": Case({"hard": _LABELS, "soft": ZERO, "attended": _MIXED}),
+    "annealing_kd": Case({"annealed": "the teacher's logits are scaled before the end", "hard": _LABELS}),
     "ckd": Case(
         {"hard": _LABELS} | dict.fromkeys(("soft", "tokens", "layers", "token_angles", "layer_angles"), ZERO),
         args="alpha = 0.5",
         other={"alpha": "0.25"},
+    ),
+    "continuation_kd": Case(
+        {"hard": _LABELS} | dict.fromkeys(("hinge", "whole"), "the teacher's logits are scaled before the end"),
+        args="margin = 0.1",
     ),
     "distilbert": Case(
         {"soft": ZERO, "soft_all": ZERO, "mlm": _LABELS, "cos": ZERO},
@@ -79,9 +87,22 @@ CASES: dict[str, Case] = {
     "minilm": Case({"attn": ZERO, "value": ZERO}),
     "minilmv2": Case({"q": ZERO, "k": ZERO, "v": ZERO}, args="heads = 8", other={"heads": "4"}),
     "pd": Case({"soft": STILL, "hard": _LABELS}),
+    "pd_pretrain": Case({"lm": _LABELS}, replace(_LANGUAGE, t=None), call="s"),
     "pkd": Case({"hard": _LABELS, "soft": ZERO, "patient": ZERO, "patient_last": ZERO}, _EQUAL_WIDTH),
+    "rail_kd": Case(
+        {"hard": _LABELS, "soft": ZERO} | dict.fromkeys(("layers", "concat", "frozen"), _HEADS)
+        | dict.fromkeys(("anchor", "anchor_concat"), "it decodes the teacher's side"),
+        args="u = 24", warns=("W0704",),
+    ),
+    "rl_kd": Case({"hard": _LABELS, "mean_of_all": ZERO, "soft": ZERO}, _TWO, call="[t, u] -> s"),
+    "sid": Case({"attn": ZERO, "cos": ZERO, "soft": STILL}),
     "tinybert": Case(
         {"emb": ZERO, "attn": ZERO, "hid": ZERO, "emb_separate": ZERO, "hid_separate": ZERO, "soft": STILL},
+    ),
+    "uncertainty": Case(
+        {"hard": _LABELS, "soft": ZERO, "selected": ZERO, "authors": ZERO}, _TWO, call="[t, u] -> s",
+        without={"slope": "the weights of the teachers move without a gradient",
+                 "parts": "a teacher is chosen by a rank in the micro-batch"},
     ),
     "universal_kd": Case(
         {"hard": _LABELS, "soft": ZERO, "anchor": _LABELS, "anchor_pooled": _LABELS}

@@ -69,9 +69,9 @@ Sizes = tuple[int, int, int]  # layers, width, heads
 
 @dataclass(frozen=True)
 class Models:
-    """The models of a spec: teacher `t`, student `s`, and `more` by role and name."""
+    """The models of a spec: teacher `t` (where there is one), student `s`, and `more` by role and name."""
 
-    t: Sizes = (4, 24, HEADS)
+    t: Sizes | None = (4, 24, HEADS)
     s: Sizes = (2, 16, HEADS)
     task: str = "classification"
     family: str = "bert"
@@ -83,6 +83,7 @@ class Models:
         found = [
             f'{role} {name} = random_init("{folder(self.family, self.task, *sizes, self.dropout)}")'
             for role, name, sizes in models
+            if sizes is not None
         ]
         if self.task == "classification":
             return [*found, 'data rows = csv("rows.csv", text = "text", label = "label")']
@@ -95,6 +96,8 @@ class Models:
 
     def twins(self) -> Models:
         """Every model of the sizes of `t`."""
+        if self.t is None:
+            return self
         return replace(self, s=self.t, more=tuple((role, name, self.t) for role, name, _ in self.more))
 
 
