@@ -194,6 +194,10 @@ def combine(op: Literal["+", "-", "*", "/"], left: Schedule, right: Schedule) ->
         return left
     if op in "+-" and right == Constant(0.0):
         return left
+    if op == "+" and left == Constant(0.0):
+        return right
+    if op == "*" and Constant(0.0) in (left, right) and _arithmetic(Arithmetic(op, left, right)) == (0.0, 0.0):
+        return Constant(0.0)
     return Arithmetic(op, left, right)
 
 

@@ -129,6 +129,8 @@ def coin(ctx: Context, scope: Scope, name: str, expr: ast.Call) -> Value:
     if limits is not None and (limits[0] < 0.0 or limits[1] > 1.0):
         shown = f"{limits[0]:g}" if limits[0] == limits[1] else f"from {limits[0]:g} to {limits[1]:g}"
         return ctx.error(scope, "E0403", f"a probability is from 0 to 1, and this is {shown}", written.span)
+    if limits in ((0.0, 0.0), (1.0, 1.0)):
+        return Num(int(limits[0]))
     return Scheduled(schedules.Coin(p, _name(ctx, scope, expr)))
 
 

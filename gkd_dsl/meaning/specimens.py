@@ -50,7 +50,8 @@ def check_methods(ctx: Context, scope: Scope, found: list[ast.MethodDecl]) -> No
 
 
 def _try(ctx: Context, outer: Scope, decl: ast.MethodDecl, task: Task, layers: int) -> list[Diagnostic]:
-    held = (ctx.diagnostics, ctx.builder, ctx.models, ctx.stages, ctx.shared)
+    held = (ctx.diagnostics, ctx.builder, ctx.models, ctx.stages, ctx.shared, ctx.deferred)
+    ctx.deferred = []
     ctx.policies, ctx.rewards = {}, {}
     ctx.diagnostics, ctx.builder, ctx.models, ctx.stages, ctx.shared = Diagnostics(), GraphBuilder(), {}, [], {}
     try:
@@ -62,9 +63,11 @@ def _try(ctx: Context, outer: Scope, decl: ast.MethodDecl, task: Task, layers: i
         if isinstance(value, Instance):
             for stage in value.stages:
                 stages.elaborate(ctx, inner, stage)
+        while ctx.deferred:
+            ctx.deferred.pop(0)()
         return list(ctx.diagnostics)
     finally:
-        ctx.diagnostics, ctx.builder, ctx.models, ctx.stages, ctx.shared = held
+        ctx.diagnostics, ctx.builder, ctx.models, ctx.stages, ctx.shared, ctx.deferred = held
 
 
 def _counted(tree: object) -> Iterator[str]:

@@ -64,6 +64,9 @@ def elaborate(ctx: Context, scope: Scope, decl: ast.Stage, prefix: str = "", giv
     if over.hi - over.lo > _MOST:
         ctx.error(scope, "E0218", f"{over.hi - over.lo} stages are more than {_MOST}", written.span)
         return
+    if over.hi <= over.lo and scope.uses:
+        # A method may have a stage for each of a number of models, and be given none.
+        return
     if over.hi <= over.lo:
         ctx.error(scope, "E0219", "this runs over nothing", written.span, "empty")
         return
