@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from gkd_dsl.graph.nodes import ReplaceBlock
 from gkd_dsl.graph.plan import ForwardPlan, MetricPlan, StagePlan
 from gkd_dsl.models.resolve import last_needed
 from gkd_dsl.runtime import metrics
+from gkd_dsl.runtime.models.interventions import at_clock, edits
 from gkd_dsl.runtime.models.tapper import Tapper
 from gkd_dsl.runtime.policy import Policies, Policy
-from gkd_dsl.runtime.program import Env, Program, batch_keys, plain
+from gkd_dsl.runtime.program import Env, Program, batch_keys, plain, with_token_types
 from gkd_dsl.runtime.step import Batch
 from gkd_dsl.runtime.teachers import run_taps
 from gkd_dsl.schedules import Clock
@@ -42,8 +44,11 @@ class Evaluator:
         projections: Mapping[str, nn.Module],
         policies: Mapping[str, Policy] | None = None,
     ) -> None:
+        self._columns = plan.columns
         self._plans = {item.metric.name: item for item in plan.metrics}
-        used = {forward.model for item in plan.metrics for forward in item.forwards}
+        run = [forward for item in plan.metrics for forward in item.forwards]
+        lent = {c.model for forward in run for c in forward.changes if isinstance(c, ReplaceBlock)}
+        used = {forward.model for forward in run} | lent
         self._models = {node.name: models[node.name] for node in plan.models if node.name in used}
         self._tappers = {node.name: Tapper(models[node.name], node.info) for node in plan.models if node.name in used}
         blocks = {node.key: projections[node.name] for node in plan.projections} | dict(projections)
@@ -86,16 +91,20 @@ class Evaluator:
 
         def forward(key: str, env: Env) -> None:
             if key not in taps:
-                taps[key] = run_taps(self._tappers[forwards[key].model], forwards[key], batch, env)
+                planned = at_clock(forwards[key], clock)
+                taps[key] = run_taps(self._tappers[planned.model], planned, batch, env, edits(planned, env, self._lend))
             env.update(taps[key])
 
-        shared = batch_keys(batch)
+        shared = batch_keys(with_token_types(batch, self._columns))
         self._valid.run(shared, clock, forward)
         for item in plans:
             env = dict(shared)
             wanted = {key for _, key in item.inputs}
             self._programs[item.metric.name].run(env, clock, forward, wanted=wanted)
             accumulators[item.metric.name].update(**{slot: env[key] for slot, key in item.inputs})
+
+    def _lend(self, model: str, layers: Sequence[int]) -> Sequence[nn.Module]:
+        return self._tappers[model].blocks(layers)
 
 
 def _merged(plans: Sequence[MetricPlan]) -> dict[str, ForwardPlan]:

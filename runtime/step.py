@@ -12,15 +12,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gkd_dsl import schedules
-from gkd_dsl.graph.nodes import ProjectNode, TrainTarget
+from gkd_dsl.graph.nodes import ProjectNode, ReplaceBlock, TrainTarget
 from gkd_dsl.graph.plan import Apply, Counted, ForwardPlan, LossPlan, StagePlan
 from gkd_dsl.models.resolve import part_modules
 from gkd_dsl.runtime.errors import CANNOT_RUN, SHAPES, RunError
+from gkd_dsl.runtime.gradients import Gradients
+from gkd_dsl.runtime.models.interventions import at_clock, edits
 from gkd_dsl.runtime.models.load import part_parameters
 from gkd_dsl.runtime.models.tapper import Tapper
 from gkd_dsl.runtime.ops.reduce import count_positions, reduce_loss
 from gkd_dsl.runtime.policy import Policies, Policy, make_policies
-from gkd_dsl.runtime.program import Env, Program, ShapeCheck, batch_keys
+from gkd_dsl.runtime.program import Env, Program, ShapeCheck, batch_keys, with_token_types
 from gkd_dsl.runtime.teachers import LiveTeachers, TeacherSource, run_taps
 from gkd_dsl.schedules import Clock
 from gkd_dsl.types import Dim
@@ -112,11 +114,20 @@ class StepModule(nn.Module):
         self._forwards = {forward.key: forward for forward in plan.forwards}
         by_key = {node.key: blocks[node.name] for node in plan.projections} | self.projections
         self._valid = Program(plan.valid_program, by_key, ())
-        self._program = Program(plan.program, by_key, plan.forwards, {"policy": self.policies.draw})
+        self.gradients = Gradients(plan)
+        special = {"policy": self.policies.draw, "gradient": self.gradients.take}
+        self._program = Program(plan.program, by_key, plan.forwards, special)
         self._counted = {counted.key: counted for counted in plan.counted}
         self._read_again = {
-            key for item in plan.program if isinstance(item, Apply) for _, key in item.inputs if key in self._counted
+            key
+            for item in plan.program
+            if isinstance(item, Apply) and item.op != "gradient"
+            for _, key in item.inputs
+            if key in self._counted
         }
+        for change in (change for forward in plan.forwards for change in forward.changes):
+            if isinstance(change, ReplaceBlock):
+                self._lend(change.model, change.layers)
         self._unchecked = set(self._counted)
         self._frozen = self._freeze([models[node.name] for node in fixed if node.name in models])
 
@@ -134,9 +145,10 @@ class StepModule(nn.Module):
         # run that goes on in the middle would not be the one that was not ended.
         check = self._shape_check(batch) if self._unchecked & used else None
         sums: dict[str, Tensor] = {}
+        self.gradients.sums = sums
 
         def forward(key: str, env: Env) -> None:
-            env.update(self._run(key, batch, env, check))
+            env.update(self._run(key, batch, env, clock, check))
 
         self._valid.run(env, clock, forward)
         see = self._reducing(sums, env, denominators, check)
@@ -149,6 +161,7 @@ class StepModule(nn.Module):
             values[loss.name], weights[loss.name] = value, schedule.value(clock)
             total = total + weights[loss.name] * value
         self._unchecked -= used
+        self.gradients.sums = {}
         watched = {loss.name: self._sum(coefficients[loss.name], sums, batch).detach() for loss in monitored}
         return StepOutput(total, values, weights, watched)
 
@@ -232,6 +245,7 @@ class StepModule(nn.Module):
         return before
 
     def _environment(self, batch: Batch) -> Env:
+        batch = with_token_types(batch, self.plan.columns)
         missing = [column for column in self.plan.columns if column not in batch]
         if missing:
             raise RunError(
@@ -241,8 +255,8 @@ class StepModule(nn.Module):
             )
         return batch_keys(batch)
 
-    def _run(self, key: str, batch: Batch, env: Env, check: ShapeCheck | None) -> dict[str, Tensor]:
-        forward = self._forwards[key]
+    def _run(self, key: str, batch: Batch, env: Env, clock: Clock, check: ShapeCheck | None) -> dict[str, Tensor]:
+        forward = at_clock(self._forwards[key], clock)
         taps = self._taps(forward, batch, env)
         if check is not None:
             for tap in forward.taps:
@@ -250,16 +264,23 @@ class StepModule(nn.Module):
         return taps
 
     def _taps(self, forward: ForwardPlan, inputs: Batch, env: Env) -> dict[str, Tensor]:
+        changes = edits(forward, env, self._lend, self.gradients.leaves.get(forward.key, ()))
         if forward.model not in self.models:
-            return self.teachers.taps(forward, inputs, env)
+            return self.teachers.taps(forward, inputs, env, changes)
         model = self.models[forward.model]
         if forward.grad or not model.training:
-            return run_taps(self._tappers[forward.model], forward, inputs, env)
+            return run_taps(self._tappers[forward.model], forward, inputs, env, changes)
         model.eval()
         try:
-            return run_taps(self._tappers[forward.model], forward, inputs, env)
+            return run_taps(self._tappers[forward.model], forward, inputs, env, changes)
         finally:
             model.train()
+
+    def _lend(self, model: str, layers: Sequence[int]) -> Sequence[nn.Module]:
+        """Blocks of a model, to run in another's place."""
+        if model in self.models:
+            return self._tappers[model].blocks(layers)
+        return self.teachers.blocks(model, layers)
 
     def _monitored(self, clock: Clock) -> tuple[LossPlan, ...]:
         """The losses that policies and counters read at this step: of a counter's family, the present member alone."""

@@ -2,28 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gkd_dsl.graph.nodes import ModelNode
 from gkd_dsl.graph.plan import ForwardPlan
+from gkd_dsl.runtime.models.interventions import Edits
 from gkd_dsl.runtime.models.tapper import Tapper
 
 
 class TeacherSource(Protocol):
     """Gives the taps of a forward. Every source gives the same tensors, to rounding."""
 
-    def taps(self, forward: ForwardPlan, inputs: Mapping[str, Tensor], env: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The taps of one forward, by their keys; `env` holds what stands in for its inputs."""
+    def taps(
+        self, forward: ForwardPlan, inputs: Mapping[str, Tensor], env: Mapping[str, Tensor], changes: Edits
+    ) -> dict[str, Tensor]:
+        """The taps of one forward, by their keys; `env` holds what stands in for its inputs.
+
+        Raises RunError from a source that cannot make the changes.
+        """
+
+    def blocks(self, model: str, layers: Sequence[int]) -> Sequence[nn.Module]:
+        """Blocks of a model, to run in another's place. Raises RunError from a source that cannot lend them."""
 
 
 def run_taps(
-    tapper: Tapper, forward: ForwardPlan, inputs: Mapping[str, Tensor], env: Mapping[str, Tensor]
+    tapper: Tapper,
+    forward: ForwardPlan,
+    inputs: Mapping[str, Tensor],
+    env: Mapping[str, Tensor],
+    changes: Edits | None = None,
 ) -> dict[str, Tensor]:
     """One forward by a tapper: its taps, by their keys; under no_grad unless the plan wants its gradient.
 
@@ -32,7 +45,8 @@ def run_taps(
     inputs = {**inputs, **{column: env[key] for column, key in forward.inputs}}
     context: AbstractContextManager[None] = nullcontext() if forward.grad else torch.no_grad()
     with context:
-        values = tapper.run(inputs, tuple(dict.fromkeys(tap.path for tap in forward.taps)), forward.stop_after)
+        paths = tuple(dict.fromkeys(tap.path for tap in forward.taps))
+        values = tapper.run(inputs, paths, forward.stop_after, changes)
     return {tap.key: values[tap.path] for tap in forward.taps}
 
 
@@ -43,9 +57,15 @@ class LiveTeachers:
         self.models = {node.name: models[node.name] for node in nodes}
         self._tappers = {node.name: Tapper(models[node.name], node.info) for node in nodes}
 
-    def taps(self, forward: ForwardPlan, inputs: Mapping[str, Tensor], env: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def taps(
+        self, forward: ForwardPlan, inputs: Mapping[str, Tensor], env: Mapping[str, Tensor], changes: Edits
+    ) -> dict[str, Tensor]:
         """The taps of one forward, by their keys; `env` holds what stands in for its inputs."""
         model = self.models[forward.model]
         if model.training:
             model.eval()
-        return run_taps(self._tappers[forward.model], forward, inputs, env)
+        return run_taps(self._tappers[forward.model], forward, inputs, env, changes)
+
+    def blocks(self, model: str, layers: Sequence[int]) -> Sequence[nn.Module]:
+        """Blocks of a model, to run in another's place."""
+        return self._tappers[model].blocks(layers)

@@ -25,7 +25,7 @@ class ForwardPlan:
     """One forward. `stop_after` is the tap after which nothing more is needed (None: run it whole).
 
     `inputs` pairs a column with the key of the environment that stands in for the batch's, `values` the slots of
-    `changes` with keys.
+    `changes` with keys. With `discard` its gradient is for operators named `gradient` alone.
     """
 
     key: str
@@ -36,6 +36,7 @@ class ForwardPlan:
     inputs: tuple[tuple[str, str], ...] = ()
     changes: tuple[Change, ...] = ()
     values: tuple[tuple[str, str], ...] = ()
+    discard: bool = False
 
     @property
     def reads(self) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from gkd_dsl.models.info import ModelInfo
 from gkd_dsl.models.resolve import Hook, canonical, hook, unavailable
 from gkd_dsl.models.taps import TapPath
 from gkd_dsl.runtime.models.attention import Recorder, recomputing, tapped
+from gkd_dsl.runtime.models.interventions import Edits, applied
 
 _Placed = tuple[list[tuple[nn.Module, str, int, list[TapPath]]], dict[nn.Module, dict[str, list[TapPath]]]]
 
@@ -133,13 +134,18 @@ class Tapper:
                     handle.remove()
 
     def run(
-        self, inputs: Mapping[str, Tensor], paths: Sequence[TapPath], stop_after: TapPath | None = None
+        self,
+        inputs: Mapping[str, Tensor],
+        paths: Sequence[TapPath],
+        stop_after: TapPath | None = None,
+        changes: Edits | None = None,
     ) -> dict[TapPath, Tensor]:
         """One forward, and these taps of it; with `stop_after` nothing beyond that tap is computed.
 
         `inputs` holds `input_ids` `[B, L]` and `attention_mask` `[B, L]` (right or left padding), and
         `token_type_ids` for models that tell token types apart. The head is run only for `logits` or a tap in it.
-        Inside a block under gradient checkpointing, the forward stops at the end of that block.
+        Inside a block under gradient checkpointing, the forward stops at the end of that block. Taps at or after a
+        place of `changes` give the changed values.
 
         Raises TapError for a tap that the model lacks, or that its forward does not reach.
         """
@@ -152,7 +158,7 @@ class Tapper:
         arguments = self._arguments(inputs, self._model_inputs if whole else self._base_inputs)
         stop = canonical(self.info, stop_after) if stop_after is not None else None
         output: Any = None
-        with self._attached(wanted, _at_hook(self.info, stop)) as state:
+        with self._changed(changes), self._attached(wanted, _at_hook(self.info, stop)) as state:
             state.begin()
             try:
                 output = module(**arguments)
@@ -165,6 +171,13 @@ class Tapper:
             found |= {path: self._finished(path, state.values, inputs.get("attention_mask")) for path in wanted}
             state.values.clear()
         return {path: found[path] for path in paths}
+
+    def blocks(self, layers: Sequence[int]) -> list[nn.Module]:
+        """The modules of blocks, by their indices."""
+        return [self.place(canonical(self.info, TapPath("layer", index, "out")))[0] for index in layers]
+
+    def _changed(self, changes: Edits | None) -> AbstractContextManager[None]:
+        return applied(changes, self.place, self._configs) if changes else nullcontext()
 
     def place(self, path: TapPath) -> tuple[nn.Module, Hook]:
         """The module and the hook of a canonical tap.

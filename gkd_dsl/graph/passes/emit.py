@@ -20,6 +20,7 @@ from gkd_dsl.graph.nodes import (
     OpNode,
     PolicyNode,
     ProjectNode,
+    ReplaceBlock,
     StageNode,
 )
 from gkd_dsl.graph.passes import forwards as forwards_pass
@@ -56,7 +57,9 @@ def emit(graph: nx.MultiDiGraph, stage: StageNode, *, optimise: bool = True) -> 
     )
     models = {node.key: node for node in nodes(view, ModelNode)}
     for metric in metrics:
-        models.update({f"model/{f.model}": graph.nodes[f"model/{f.model}"]["node"] for f in metric.forwards})
+        names = {f.model for f in metric.forwards}
+        names |= {c.model for f in metric.forwards for c in f.changes if isinstance(c, ReplaceBlock)}
+        models.update({f"model/{name}": graph.nodes[f"model/{name}"]["node"] for name in names})
     columns = {node.column for node in nodes(view, BatchNode)}
     for metric in metrics:
         columns |= {
@@ -162,6 +165,7 @@ def _forwards(graph: nx.MultiDiGraph, optimise: bool) -> tuple[ForwardPlan, ...]
             tuple(TapPlan(tap.key, tap.path, tap.type) for tap in liveness.tap_nodes(graph, node.key)),
             forwards_pass.stop_after(graph, node.key) if optimise else None,
             *_given(graph, node),
+            node.discard,
         )
         for node in nodes(graph, ForwardNode)
     )
