@@ -1,10 +1,13 @@
 # make quickstart   an environment, then a real distillation, offline
 # make test         an environment, then the test suite
 # make lint types docs   what continuous integration runs besides
+# make methods-table     all methods on a file of labelled sentences: DATA=reviews.tsv (id, rating, text, tabs between)
+# make methods-quick     the same in a few steps; on docstrings of Python where there is no such file
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+DATA ?= data/movie_reviews.tsv
 STAMP := $(VENV)/.installed
 DEV := $(VENV)/.developer
 export HF_HUB_OFFLINE ?= 1
@@ -12,7 +15,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export NO_MKDOCS_2_WARNING ?= 1
 PIP := PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: quickstart test lint types docs clean
+.PHONY: quickstart test lint types docs methods-table methods-quick clean
 
 quickstart: $(STAMP)
 	$(BIN)/gkd run examples/sentence_encoder.gkd
@@ -33,6 +36,12 @@ types: $(DEV)
 docs: $(DEV)
 	$(BIN)/python docs/generate.py
 	$(BIN)/mkdocs build --strict --quiet
+
+methods-table: $(STAMP)
+	$(BIN)/python benchmarks/methods_table.py --data $(DATA) $(ARGS)
+
+methods-quick: $(STAMP)
+	$(BIN)/python benchmarks/methods_table.py --quick --out build $(if $(wildcard $(DATA)),--data $(DATA)) $(ARGS)
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

