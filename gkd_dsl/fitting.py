@@ -14,7 +14,7 @@ from gkd_dsl.graph.passes import compile_plan
 from gkd_dsl.graph.plan import SpecPlan
 from gkd_dsl.library import MethodInfo, describe
 from gkd_dsl.meaning.check import Checked, check_text
-from gkd_dsl.usage import Declared, call_of, example_text, model_names
+from gkd_dsl.usage import Declared, call_of, example_text, members, model_names
 
 _HEADS = {
     "classification": "ForSequenceClassification", "masked_lm": "ForMaskedLM", "encoder": "Model",
@@ -37,11 +37,11 @@ class Specimens:
 
     def models(self, info: MethodInfo) -> tuple[Declared, ...]:
         """The declarations of a spec; the place of each is left open as `path/to/...`."""
-        names = model_names(info)
+        held = [member for formal in members(info).values() for member in formal]
         found = []
         for role in ("teacher", "model", "student"):
-            held = [(name, formal) for kind, formal in info.roles if kind == role for name in names[formal]]
-            found += [Declared(role, name, f'hf("{FOLDER}/{_place(role, name, len(held))}")') for name, _ in held]
+            names = [name for kind, name in held if kind == role]
+            found += [Declared(role, name, f'hf("{FOLDER}/{_place(role, name, len(names))}")') for name in names]
         return tuple(found)
 
     def text(self, info: MethodInfo) -> str:
@@ -97,8 +97,11 @@ class Fitting:
         if not teachers or student is None:
             return "specimen models"
         one = "a teacher" if len(teachers) == 1 else f"{len(teachers)} teachers"
+        between = [f", an assistant of {model.info.size('N')}" for model in models if model.role == "model"]
         sizes = ", ".join(f"{wide} wide with {heads} heads" for wide, heads in [(student.size("H"), student.size("A"))])
-        return f"{one} of {teachers[0].size('N')} layers and a student of {student.size('N')}, {sizes}"
+        return (
+            f"{one} of {teachers[0].size('N')} layers{''.join(between)} and a student of {student.size('N')}, {sizes}"
+        )
 
 
 @lru_cache(maxsize=64)
@@ -143,6 +146,5 @@ def _candidates(info: MethodInfo) -> Iterator[Specimens]:
 
 
 def _place(role: str, name: str, count: int) -> str:
-    if role == "model":
-        return name
-    return role if count == 1 else f"{role}_{name}"
+    word = "assistant" if role == "model" else role
+    return word if count == 1 else f"{word}_{name}"

@@ -65,7 +65,7 @@ class MethodInfo:
     @property
     def stage_names(self) -> tuple[str, ...]:
         """The names of its stages, as the header gives them."""
-        return tuple(re.findall(r"[A-Za-z_]\w*", re.sub(r"\(.*?\)|\[.*?\]", "", self.stages)))
+        return tuple(dict.fromkeys(re.findall(r"[A-Za-z_]\w*", re.sub(r"\(.*?\)|\[.*?\]", "", self.stages))))
 
     @property
     def reference(self) -> str:

@@ -18,7 +18,7 @@ _LEAST_DOC = 28
 
 def listing(found: Sequence[MethodInfo], width: int) -> str:
     """The methods in a table; below 100 columns each has a second line with its taps."""
-    rows = [(info.name, info.short_venue, _count(info), ", ".join(_stages(info))) for info in found]
+    rows = [(info.name, info.short_venue, _count(info), ", ".join(info.stage_names)) for info in found]
     heads = ("method", "venue", "teachers", "stages")
     sizes = [max(len(row[place]) for row in (heads, *rows)) for place in range(len(heads))]
     left = width - sum(sizes[:3]) - 6
@@ -46,12 +46,8 @@ def listing(found: Sequence[MethodInfo], width: int) -> str:
 
 
 def _count(info: MethodInfo) -> str:
-    """The teachers of the header in a word or two."""
-    return re.split(r"[,;:(]", info.teachers)[0].strip() or str(sum(role == "teacher" for role, _ in info.roles))
-
-
-def _stages(info: MethodInfo) -> tuple[str, ...]:
-    return tuple(part.strip() for part in re.split(r",|;", re.sub(r"\([^)]*\)", "", info.stages)))
+    """How many teachers it takes, in a word."""
+    return "several" if info.several else str(sum(role == "teacher" for role, _ in info.roles))
 
 
 def page(info: MethodInfo, width: int) -> str:

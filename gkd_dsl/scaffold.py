@@ -17,7 +17,7 @@ from gkd_dsl.models.errors import ModelError
 from gkd_dsl.models.info import ModelInfo, Task
 from gkd_dsl.scaffold_data import Found, InitError, found_in, kind_of
 from gkd_dsl.scaffold_stages import same_stages, settled, written_out
-from gkd_dsl.usage import Declared, call_of, model_names
+from gkd_dsl.usage import Declared, call_of, members, model_names
 
 _WIDTH = 110
 _METRICS = {
@@ -119,35 +119,48 @@ def _draft(writer: _Writer, out: Path, *, metrics: bool, explicit: bool) -> Draf
     return found
 
 
+def _length(info: MethodInfo, request: Request) -> int:
+    """How many models the list of a method holds; 1 where it takes none."""
+    single = sum(role == "teacher" and name not in info.several for role, name in info.roles)
+    given = len(request.teachers) - single
+    if not any(role == "model" and name in info.several for role, name in info.roles):
+        return max(1, given)
+    # A chain with nothing between teacher and student gets a model cut out of the teacher.
+    return max(2, given + len(request.models))
+
+
 def _models(info: MethodInfo, request: Request, root: Path) -> list[_Model]:
     """The models that were given, by the formals of the method. Raises InitError."""
-    wanted = [name for role, name in info.roles if role == "teacher"]
-    open_ended = [name for name in wanted if name in info.several]
+    slots = [member for held in members(info, _length(info, request)).values() for member in held]
+    teachers = [name for role, name in slots if role == "teacher"]
+    between = [name for role, name in slots if role == "model"]
     given = len(request.teachers)
-    if given < len(wanted):
-        some = "a teacher" if len(wanted) == 1 else f"{len(wanted)} teachers ({', '.join(wanted)})"
-        raise InitError(f"{info.name} takes {some}, and {given} given", f"write --teacher DIR {len(wanted)} times")
-    if given > len(wanted) and not open_ended:
+    if given < len(teachers):
+        raise InitError(f"{info.name} takes {_counted(teachers)}, and {given} given", "write --teacher DIR for each")
+    chain = any(role == "model" for role, name in info.roles if name in info.several)
+    if given > len(teachers) and not chain:
+        are = "is" if given == 1 else "are"
         raise InitError(
-            f"{info.name} takes {len(wanted)} teacher{'s' if len(wanted) > 1 else ''}, and {given} are given",
+            f"{info.name} takes {_counted(teachers)}, and {given} {are} given",
             "gkd methods --teachers several lists those that take more",
         )
-    between = [name for role, name in info.roles if role == "model"]
-    if len(request.models) > len(between):
+    places = [("--teacher", place) for place in request.teachers] + [("--model", place) for place in request.models]
+    if len(places) > len(teachers) + len(between):
         takes = f"{len(between)} further models ({', '.join(between)})" if between else "no further model"
         raise InitError(f"{info.name} takes {takes}, and {len(request.models)} are given by --model", "leave them out")
-    names = model_names(info, given - len(wanted) + 1)
-    found: list[_Model] = []
-    waiting = list(request.teachers)
-    for formal in wanted:
-        for name in names[formal]:
-            found.append(_given("teacher", name, "--teacher", waiting.pop(0), request, root))
-    for formal, place in zip(between, request.models, strict=False):
-        found.append(_given("model", formal, "--model", place, request, root))
-    student = next(name for role, name in info.roles if role == "student")
+    named = [("teacher", name) for name in teachers] + [("model", name) for name in between]
+    found = [
+        _given(role, name, option, place, request, root)
+        for (role, name), (option, place) in zip(named, places, strict=False)
+    ]
     if request.student is not None:
+        student = next(name for role, name in slots if role == "student")
         found.append(_given("student", student, "--student", request.student, request, root))
     return found
+
+
+def _counted(teachers: Sequence[str]) -> str:
+    return "1 teacher" if len(teachers) == 1 else f"{len(teachers)} teachers ({', '.join(teachers)})"
 
 
 def _given(role: str, name: str, option: str, place: str, request: Request, root: Path) -> _Model:
@@ -231,8 +244,7 @@ class _Writer:
         return Draft(text, check_text(text, str(out), root=self.root, offline=self.request.offline))
 
     def _count(self) -> int:
-        wanted = sum(role == "teacher" for role, _ in self.info.roles)
-        return len(self.request.teachers) - wanted + 1
+        return _length(self.info, self.request)
 
     def _labelled(self) -> bool:
         return self.task == "classification" and self.info.labelled
@@ -248,10 +260,10 @@ class _Writer:
 
     def _declared(self) -> Iterator[Declared]:
         """The models: those given, and those cut out of the first teacher."""
-        names = model_names(self.info, self._count())
-        for role in ("teacher", "model", "student"):
-            for kind, formal in self.info.roles:
-                for name in names[formal] if kind == role else ():
+        slots = [member for held in members(self.info, self._count()).values() for member in held]
+        for wanted in ("teacher", "model", "student"):
+            for role, name in slots:
+                if role == wanted:
                     model = next((each for each in self.held if each.name == name), None)
                     yield self._cut(role, name) if model is None else self._loaded(model)
 
@@ -319,7 +331,8 @@ class _Writer:
         """The measures of the head, over the student and the first teacher."""
         if self.task == "classification" and not (self.rows.labelled if self.rows else self._labelled()):
             return []
-        places = {role: bound[name][0] for role, name in reversed(self.info.roles)}
+        student = next(bound[name][0] for role, name in self.info.roles if role == "student")
+        places = {"student": student, "teacher": self.held[0].name}
         return [
             (
                 name,

@@ -22,18 +22,32 @@ class Declared:
         return [*(f"# {comment}" for comment in self.comments), f"{self.role} {self.name} = {self.value}"]
 
 
-def model_names(info: MethodInfo, teachers: int = 2) -> dict[str, tuple[str, ...]]:
-    """The models of a spec by the formals that hold them; a formal that may hold several has `teachers`."""
+def members(info: MethodInfo, count: int = 2) -> dict[str, tuple[tuple[str, str], ...]]:
+    """Role and name of each model of a spec, by the formal that holds it; a formal that holds several has `count`.
+
+    A list of models that learn from each other begins with a teacher: `[t, a] -> s`.
+    """
     taken = {name for _, name in info.roles}
-    found: dict[str, tuple[str, ...]] = {}
-    for _, name in info.roles:
+    found: dict[str, tuple[tuple[str, str], ...]] = {}
+    for role, name in info.roles:
         if name not in info.several:
-            found[name] = (name,)
-            continue
-        stem = name.rstrip("s") or name
-        numbered = tuple(f"{stem}{number}" for number in range(1, teachers + 1))
-        found[name] = tuple(f"{each}_" if each in taken else each for each in numbered)
+            found[name] = ((role, name),)
+        elif role == "model":
+            more = ("a",) if count == 2 else tuple(f"a{number}" for number in range(1, count))
+            found[name] = (("teacher", _free("t", taken)), *((role, _free(each, taken)) for each in more))
+        else:
+            stem = name.rstrip("s") or name
+            found[name] = tuple((role, _free(f"{stem}{number}", taken)) for number in range(1, count + 1))
     return found
+
+
+def _free(name: str, taken: set[str]) -> str:
+    return f"{name}_" if name in taken else name
+
+
+def model_names(info: MethodInfo, count: int = 2) -> dict[str, tuple[str, ...]]:
+    """The names of `members`."""
+    return {formal: tuple(name for _, name in held) for formal, held in members(info, count).items()}
 
 
 def call_of(info: MethodInfo, bound: Mapping[str, Sequence[str]]) -> str:
@@ -41,9 +55,10 @@ def call_of(info: MethodInfo, bound: Mapping[str, Sequence[str]]) -> str:
     written = {
         name: f"[{', '.join(bound[name])}]" if name in info.several else bound[name][0] for _, name in info.roles
     }
-    places = dict(info.roles)
-    if len(info.roles) == 2 and set(places) == {"teacher", "student"}:
-        return f"{written[places['teacher']]} -> {written[places['student']]}"
+    students = [name for role, name in info.roles if role == "student"]
+    others = [name for role, name in info.roles if role != "student"]
+    if len(students) == len(others) == 1 and (others[0] in info.several or ("teacher", others[0]) in info.roles):
+        return f"{written[others[0]]} -> {written[students[0]]}"
     return ", ".join(f"{name} = {text}" for name, text in written.items())
 
 
