@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -187,8 +187,9 @@ class StepModule(nn.Module):
     def denominators(self, batches: Sequence[Batch], clock: Clock) -> dict[str, int]:
         """The counts over all micro-batches of a step."""
         totals = dict.fromkeys(self._counted, 0)
-        for batch in batches:
-            for key, count in self.count(batch, clock).items():
+        for number, batch in enumerate(batches):
+            # A mask may be drawn, in each micro-batch anew.
+            for key, count in self.count(batch, replace(clock, micro=clock.micro + number)).items():
                 totals[key] += count
         return totals
 

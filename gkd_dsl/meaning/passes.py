@@ -23,6 +23,7 @@ from gkd_dsl.meaning.values import (
     Value,
     kind,
 )
+from gkd_dsl.models.info import ModelInfo
 from gkd_dsl.models.resolve import TOP, ResolvedTap
 from gkd_dsl.syntax import ast
 from gkd_dsl.types import BATCH, LENGTH, TensorType
@@ -268,7 +269,7 @@ def _replace(ctx: Context, scope: Scope, made: _Making, change: ast.Replace, wei
             "write `layer[i]`, and `for (i, js) in ...` for several",
         )  # fmt: skip
         return False
-    if not _fits(ctx, scope, made.base, lender, change):
+    if not _fits(ctx, scope, made.base, lender, target, layers, change):
         return False
     if when == schedules.Constant(0.0):
         return True
@@ -290,7 +291,9 @@ def _blocks(value: Value) -> tuple[int, ...]:
     return (int(index[0]) % count,) if count else (int(index[0]),)
 
 
-def _fits(ctx: Context, scope: Scope, base: Model, lender: Model, change: ast.Replace) -> bool:
+def _fits(
+    ctx: Context, scope: Scope, base: Model, lender: Model, target: Value, layers: tuple[int, ...], change: ast.Replace
+) -> bool:
     """Whether the blocks of one model can stand in another; what differs is reported."""
     if lender.passed is not None or lender.name == base.name:
         what = "a pass" if lender.passed is not None else "the same model"
@@ -313,6 +316,9 @@ def _fits(ctx: Context, scope: Scope, base: Model, lender: Model, change: ast.Re
     for name in _ROTARY:
         if not differ and ours.config.get(name) != theirs.config.get(name):
             differ = f"`{name}` of their configs, by which positions are rotated"
+    for layer in layers if not differ else ():
+        if _attends(ours, _blocks(target)[0]) != _attends(theirs, layer):
+            differ = f"block {layer} has another window of attention than the block that it replaces"
     if not differ:
         return True
     ctx.error(
@@ -320,6 +326,19 @@ def _fits(ctx: Context, scope: Scope, base: Model, lender: Model, change: ast.Re
         notes=[*paths.defined(base), *paths.defined(lender)],
     )  # fmt: skip
     return False
+
+
+def _attends(info: ModelInfo, index: int) -> str:
+    """How a block attends where blocks differ in that: its masks are made for the block in whose place it runs."""
+    config = info.config
+    window = config.get("sliding_window")
+    types = config.get("layer_types")
+    if types:
+        return f"{types[index]} {window if 'sliding' in types[index] else ''}".strip()
+    if "use_sliding_window" not in config:
+        return f"sliding_attention {window}" if window else ""
+    slides = config["use_sliding_window"] and index >= (config.get("max_window_layers") or 0)
+    return f"sliding_attention {window}" if slides else "full_attention"
 
 
 def _stream(ctx: Context, scope: Scope, made: _Making, written: ast.Expr, word: str) -> ResolvedTap | None:
