@@ -230,7 +230,9 @@ def _roles(ctx: Context, scope: Scope, left: Tensor, right: Tensor, pair: ast.Pa
             fix=replace(pair.right.span, f"detach({pair.right.span.text})"),
         )
         return False
-    if teacher_left and len(teacher_left) == len(left_models):
+    # A projection of a teacher that is detached in so many words may learn on the left: to decode, to predict.
+    projected = bool(left.carries) and not left.carries & set(ctx.models)
+    if teacher_left and len(teacher_left) == len(left_models) and not projected:
         ctx.error(
             scope,
             "E0337",

@@ -8,7 +8,7 @@ import networkx as nx
 
 from gkd_dsl import schedules
 from gkd_dsl.diagnostics import Edit, Fix, Label
-from gkd_dsl.graph.nodes import BatchNode, ForwardNode, OpNode, ProjectNode, SourceSpec, StageNode, TrainTarget
+from gkd_dsl.graph.nodes import BatchNode, ForwardNode, LossNode, OpNode, ProjectNode, SourceSpec, StageNode, TrainTarget
 from gkd_dsl.meaning import mismatch
 from gkd_dsl.meaning.context import Context
 from gkd_dsl.meaning.reach import misses
@@ -19,6 +19,7 @@ from gkd_dsl.models.tokenizer import same_ids
 from gkd_dsl.sources import columns_of, label_count
 from gkd_dsl.syntax import ast
 from gkd_dsl.text import Span
+from gkd_dsl.types import LossType
 
 
 def reach(
@@ -193,7 +194,8 @@ def _labels(
     below: set[str],
 ) -> None:
     """The labels of the data fit the classes of the heads that meet them."""
-    count = label_count(ctx.source_kinds[source.name], dict(source.args), scope.root)
+    # A stage of a method stands in a file elsewhere; the rows are found from the folder of the spec.
+    count = label_count(ctx.source_kinds[source.name], dict(source.args), ctx.root_scope.root)
     if count is None:
         return
     met = _models_that_meet_labels(ctx, below)
@@ -225,6 +227,7 @@ def _teacher_projections(ctx: Context, scope: Scope, decl: ast.Stage, stage: Sta
     """A projection that trains and only ever stands on the teacher's side can make both sides constant."""
     graph = ctx.builder.graph
     known: dict[str, bool] = {}
+    live = _weighed(ctx, stage)
     warned: set[Span | None] = set()
     for key in sorted(below):
         node = ctx.builder.node(key)
@@ -234,7 +237,7 @@ def _teacher_projections(ctx: Context, scope: Scope, decl: ast.Stage, stage: Sta
         place = node.locations[0].span if node.locations else None
         if place in warned or not uses or not all(_detached(ctx, use, known) for use in uses):
             continue
-        if any(_is_op(ctx, key, "cross_entropy") for use in uses for key in nx.descendants(graph, use) & below):
+        if any(_anchors(ctx, key, known) for use in uses for key in nx.descendants(graph, use) & live):
             continue
         warned.add(place)
         where = decl.name.span if place is None or scope.uses else place
@@ -245,9 +248,26 @@ def _teacher_projections(ctx: Context, scope: Scope, decl: ast.Stage, stage: Sta
         )  # fmt: skip
 
 
-def _is_op(ctx: Context, key: str, op: str) -> bool:
+def _anchors(ctx: Context, key: str, known: dict[str, bool]) -> bool:
+    """Whether a loss keeps a projection from a constant: it knows the labels, or no model has a part in it."""
     node = ctx.builder.node(key)
-    return isinstance(node, OpNode) and node.op == op
+    if not isinstance(node, OpNode) or not isinstance(node.type, LossType):
+        return False
+    return node.op == "cross_entropy" or _constant(ctx, key, known)
+
+
+def _weighed(ctx: Context, stage: StageNode) -> set[str]:
+    """What the losses of a stage are made of, without those of weight 0."""
+    found: set[str] = set()
+    inputs = ctx.builder.inputs(stage.key)
+    for slot, weight in enumerate(stage.weights):
+        loss = ctx.builder.node(inputs[str(slot)])
+        if schedules.is_zero(weight) or not isinstance(loss, LossNode):
+            continue
+        for part, atom in ctx.builder.inputs(loss.key).items():
+            if not schedules.is_zero(loss.coefficients[int(part)]):
+                found |= {atom, *nx.ancestors(ctx.builder.graph, atom)}
+    return found
 
 
 def _detached(ctx: Context, use: str, known: dict[str, bool]) -> bool:

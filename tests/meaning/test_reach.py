@@ -63,3 +63,21 @@ def test_the_note_names_where_the_gradient_ends() -> None:
     loss = PROJECT + "loss one = mse(s.layer[0].out |> W <- t.final)\n"
     found = check(spec(SOFT + loss + stage("train s.layer[2]\nminimize soft + one"))).diagnostics
     assert any("`s.hidden[1]`" in note.text for diagnostic in found for note in diagnostic.notes)
+
+
+@pytest.mark.parametrize(
+    ("anchor", "warned"),
+    [
+        ("", True),
+        ("0.5 * mean(mean_square(detach(t.cls) |> W))", False),
+        ("0.5 * mse(detach(t.cls) |> W |> R <- t.cls)", False),
+        ("0.0 * mse(detach(t.cls) |> W |> R <- t.cls)", True),
+        ("0.5 * mse(s.cls <- t.cls |> W)", True),
+    ],
+)
+def test_a_projection_of_the_teacher_is_anchored_by_a_loss_without_a_student(anchor: str, warned: bool) -> None:
+    body = "project W = linear(t.H -> s.H)\nproject R = linear(s.H -> t.H)\nloss near = mse(s.final <- t.final |> W)\n"
+    extra = f"loss anchor = {anchor}\n" if anchor else ""
+    checked = check(spec(body + extra + stage("minimize near" + (" + anchor" if anchor else ""))))
+    assert ("W0704" in codes(checked)) == warned
+    assert checked.ok
