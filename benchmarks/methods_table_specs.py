@@ -22,6 +22,8 @@ LAYERS = (1, 3, 5)
 """The student's blocks, of the encoder's six."""
 MIDDLE = (0, 2, 3, 5)
 """Those of an assistant and of the small teacher."""
+UPPER = (0, 1, 2, 3, 5)
+"""Those of a second assistant, before it."""
 BASELINE = "no teacher"
 OWN = ("seed", "batch_size", "optim", "max_length", "accumulate")
 """Settings of a stage that are the same for all."""
@@ -65,7 +67,7 @@ class Made:
 
 
 # What the header of a file cannot say: arguments by name in place of the usual models.
-ARGUMENTS: Mapping[str, Mapping[str, str]] = {}
+ARGUMENTS: Mapping[str, Mapping[str, str]] = {"dgkd": {"chain": "[t, upper, middle]"}}
 BEFORE: Mapping[str, str] = {"pd": "pd_pretrain"}
 """Methods of the same file that train the student as a language model first."""
 
@@ -107,14 +109,16 @@ def models(settings: Settings, info: MethodInfo | None, seed: int, root: str) ->
         elif role == "student":
             given[name] = "lm" if language else "s"
         elif role == "model":
-            given[name] = "middle"
-            lines.append(f"model middle = truncated(base, layers = {list(MIDDLE)}, num_labels = 2)")
+            given[name] = "[t, middle]" if "assistants" in info.teachers else "middle"
     roles = [name for role, name in info.roles if role == "teacher" and name not in own]
     if len(roles) == 1 and info.teachers.strip() != "1":
         given[roles[0]] = "[v, t]" if "small to large" in info.teachers else "[t, u]"
     else:
         given |= dict(zip(roles, teachers, strict=False))
     used = " ".join(given.values()).replace("[", " ").replace("]", " ").replace(",", " ").split()
+    for name, layers in (("middle", MIDDLE), ("upper", UPPER)):
+        if name in used:
+            lines.append(f"model {name} = truncated(base, layers = {list(layers)}, num_labels = 2)")
     lines += [f'teacher {name} = hf("{place}/{what}")' for name, what in teachers.items() if name in used]
     return lines, given
 
