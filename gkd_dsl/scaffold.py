@@ -10,13 +10,13 @@ from pathlib import Path
 from textwrap import wrap
 
 from gkd_dsl.diagnostics import Diagnostics
-from gkd_dsl.library import MethodInfo, describe
+from gkd_dsl.library import MethodInfo, MethodParam, describe
 from gkd_dsl.meaning.check import Checked, check_text
 from gkd_dsl.models import describe as models
 from gkd_dsl.models.errors import ModelError
 from gkd_dsl.models.info import ModelInfo, Task
 from gkd_dsl.scaffold_data import Found, InitError, found_in, kind_of
-from gkd_dsl.scaffold_stages import same_stages, settled, written_out
+from gkd_dsl.scaffold_stages import readers, same_stages, written_out
 from gkd_dsl.usage import Declared, call_of, members, model_names
 
 _WIDTH = 110
@@ -220,6 +220,8 @@ class _Writer:
         if metrics and not measured:
             return None
         stages = self._run()
+        alone, shared = readers(info.name) if explicit else (set(), set())
+        params = [_param(param) for param in info.params if param.name in shared]
         if explicit:
             ends = self._measure([name for name, _, _ in measured])
             written = written_out(info.name, bound, ends)
@@ -230,13 +232,14 @@ class _Writer:
         if self.request.data is None:
             kind = "a table with the columns text and label" if self._labelled() else "a file with one text a line"
             lines += [f'param data: text "{kind}: gkd run SPEC --set data=FILE"', ""]
+        lines += [*params, ""] if params else []
         for model in self._declared():
             lines += model.lines()
         lines += ["", *self._data(), ""]
         for name, value, words in measured:
             lines += [f"metric {name} = {value}  # {words}"]
         lines += [""] if measured else []
-        lines += [*self._use(bound, settled(info.name) if explicit else set()), "", *self._teach(), *stages]
+        lines += [*self._use(bound, alone, shared), "", *self._teach(), *stages]
         return "\n".join(lines) + "\n"
 
     def checked(self, text: str, out: Path) -> Draft:
@@ -347,19 +350,23 @@ class _Writer:
             return []
         return [f"evaluate {', '.join(names)} every 1 epoch", f"keep best by {names[0]}"]
 
-    def _use(self, bound: dict[str, tuple[str, ...]], but: set[str]) -> list[str]:
-        """The `use`, with every parameter that is a plain value at its default, and what it means."""
+    def _use(self, bound: dict[str, tuple[str, ...]], alone: set[str], shared: set[str]) -> list[str]:
+        """The `use`, with every parameter that is a plain value at its default, and what it means.
+
+        Parameters of `alone` stand in the stages, and those of `shared` are parameters of the spec.
+        """
         call = call_of(self.info, bound)
         literal = re.compile(r'-?[\d.][\w.+-]*(%| [a-z]+)?|true|false|"[^"]*"')
-        plain = [param for param in self.info.params if literal.fullmatch(param.default) and param.name not in but]
+        values = {param.name: param.default for param in self.info.params if literal.fullmatch(param.default)}
+        values |= {name: name for name in shared}
+        plain = [param for param in self.info.params if param.name in values and param.name not in alone]
         if not plain:
             return [f"use {self.info.name}({call}) as m"]
         lines = ["# The parameters of the method at their defaults.", f"use {self.info.name}(", f"  {call},"]
-        texts = [f"  {param.name} = {param.default}," for param in plain]
+        texts = [f"  {param.name} = {values[param.name]}," for param in plain]
         wide = max(map(len, texts))
         lines += [
-            f"{text:{wide}}  # {param.doc}".rstrip(" #") if not param.doc else f"{text:{wide}}  # {param.doc}"
-            for text, param in zip(texts, plain, strict=True)
+            f"{text:{wide}}  # {param.doc}" if param.doc else text for text, param in zip(texts, plain, strict=True)
         ]
         return [*lines, ") as m"]
 
@@ -398,3 +405,9 @@ def _filled(head: str, args: Sequence[str]) -> list[str]:
         else:
             line += f" {text}" if place else text
     return [*lines, line]
+
+
+def _param(param: MethodParam) -> str:
+    """A parameter of the spec like that of the method."""
+    within = f" in {param.within}" if param.within else ""
+    return f'param {param.name}: {param.type} = {param.default}{within} "{param.doc}"'

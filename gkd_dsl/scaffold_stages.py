@@ -26,7 +26,7 @@ def written_out(name: str, bound: Mapping[str, Sequence[str]], ends: Sequence[st
     file, _ = parse(Source(name, method_text(name)))
     method = next(item for item in file.items if isinstance(item, ast.MethodDecl) and item.name.text == name)
     stages = [stmt for stmt in method.body if isinstance(stmt, ast.Stage)]
-    words = _words(method, bound)
+    words = _words(method, bound) | {param: param for param in readers(name)[1]}
     lines: list[str] = []
     for place, stage in enumerate(stages):
         if stage.each is not None or stage.duration is None:
@@ -48,16 +48,25 @@ def written_out(name: str, bound: Mapping[str, Sequence[str]], ends: Sequence[st
     return lines[1:] if lines else None
 
 
-def settled(name: str) -> set[str]:
-    """The parameters of a method that its stages read, and nothing else does: they stand in the stages written out."""
+def readers(name: str) -> tuple[set[str], set[str]]:
+    """The parameters of a method that nothing but its stages reads, and those that its stages read among others.
+
+    Written out, the first stand in the stages; the others have to become parameters of the spec.
+    """
     file, _ = parse(Source(name, method_text(name)))
     method = next(item for item in file.items if isinstance(item, ast.MethodDecl) and item.name.text == name)
     inside, outside = (
-        {node.id for stmt in method.body if isinstance(stmt, ast.Stage) is staged for node in nodes_of(stmt)
-         if isinstance(node, ast.Name)}
+        {
+            node.id
+            for stmt in method.body
+            if isinstance(stmt, ast.Stage) is staged
+            for node in nodes_of(stmt)
+            if isinstance(node, ast.Name)
+        }
         for staged in (True, False)
-    )  # fmt: skip
-    return {formal.name.text for formal in method.formals if formal.role is None} & (inside - outside)
+    )
+    values = {formal.name.text for formal in method.formals if formal.role is None}
+    return values & (inside - outside), values & inside & outside
 
 
 def _words(method: ast.MethodDecl, bound: Mapping[str, Sequence[str]]) -> dict[str, str | None]:

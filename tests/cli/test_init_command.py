@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,9 @@ from typer.testing import CliRunner
 from gkd_dsl import library
 from gkd_dsl.cli.main import application
 from gkd_dsl.fitting import fitting
-from gkd_dsl.meaning.check import check_path
+from gkd_dsl.meaning.check import check_path, check_text
 from gkd_dsl.scaffold_data import InitError, found_in
+from gkd_dsl.scaffold_stages import readers, same_stages
 
 NAMES = library.names()
 
@@ -96,6 +98,33 @@ def test_a_classifier(here: Path) -> None:
     ):  # fmt: skip
         assert line in text.splitlines()
     assert "lr = 5e-5,  #" not in text, "a parameter that the stage replaces would change nothing"
+
+
+def test_no_parameter_that_is_shown_changes_nothing(here: Path) -> None:
+    """What stands in the stages is not in the `use`, and what both read is a parameter of the spec."""
+    model(here / "second", layers=3)
+    for name in (name for name in NAMES if library.describe(name).several):
+        words = ("--teacher", "teacher", "--teacher", "second", "--student", "student", "--data", "rows.csv")
+        assert init("--method", name, *words).exit_code == 0
+        text = (here / f"{name}.gkd").read_text()
+        used, _, stages = text.partition(") as m")
+        alone, shared = readers(name)
+        if "\nrun m" in text:
+            continue
+        for param in alone:
+            assert f"  {param} = " not in used
+        for param in shared:
+            assert f"\nparam {param}: " in used
+            assert f"  {param} = {param}," in used
+            assert re.search(rf"\b{param}\b", stages)
+
+
+def test_stages_that_mean_something_else_are_not_the_same(here: Path) -> None:
+    assert init(*KD, "--data", "rows.csv").exit_code == 0
+    text = (here / "kd.gkd").read_text()
+    plain, other = check_text(text), check_text(text.replace("lr = 5e-5", "lr = 4e-5"))
+    assert same_stages(plain, check_text(text))
+    assert not same_stages(plain, other)
 
 
 def test_without_a_student_half_of_the_teacher(here: Path) -> None:
