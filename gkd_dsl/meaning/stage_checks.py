@@ -8,7 +8,16 @@ import networkx as nx
 
 from gkd_dsl import schedules
 from gkd_dsl.diagnostics import Edit, Fix, Label
-from gkd_dsl.graph.nodes import BatchNode, ForwardNode, LossNode, OpNode, ProjectNode, SourceSpec, StageNode, TrainTarget
+from gkd_dsl.graph.nodes import (
+    BatchNode,
+    ForwardNode,
+    LossNode,
+    OpNode,
+    ProjectNode,
+    SourceSpec,
+    StageNode,
+    TrainTarget,
+)
 from gkd_dsl.meaning import mismatch
 from gkd_dsl.meaning.context import Context
 from gkd_dsl.meaning.reach import misses
