@@ -28,6 +28,7 @@ class Case:
     refused  families that the checker refuses, with the code
     warns    warnings that the method gives by design
     teaches  models that the method itself trains, beside the student
+    counts   values of its counters to look at, where it has some
     alone    why it does not combine with others by its total
     """
 
@@ -43,12 +44,14 @@ class Case:
     refused: Mapping[str, str] = field(default_factory=dict)
     warns: tuple[str, ...] = ()
     teaches: tuple[str, ...] = ()
+    counts: tuple[Mapping[str, int], ...] = ({},)
     alone: str = ""
 
 
 _EQUAL_WIDTH = Models((4, 16, 4), (2, 16, 4))
 _LANGUAGE = Models((4, 16, 4), (2, 16, 4), "masked_lm")
 _TWO = Models((4, 16, 4), (2, 16, 4), more=(("teacher", "u", (3, 16, 4)),))
+_CHAIN = Models((4, 16, 4), (2, 16, 4), more=(("model", "u", (3, 16, 4)),))
 _LABELS = "it compares with the labels"
 _MIXED = "a layer is compared with a mean of several"
 _HEADS = "the heads of the two sides differ"
@@ -70,6 +73,10 @@ CASES: dict[str, Case] = {
         {"hard": _LABELS} | dict.fromkeys(("hinge", "whole"), "the teacher's logits are scaled before the end"),
         args="margin = 0.1",
     ),
+    "dgkd": Case(
+        {"assistant_hard": _LABELS, "assistant_soft": ZERO, "hard": _LABELS, "soft": ZERO}, _CHAIN,
+        call="[t, u] -> s", raised={"survival": "1.0"}, teaches=("u",),
+    ),
     "distilbert": Case(
         {"soft": ZERO, "soft_all": ZERO, "mlm": _LABELS, "cos": ZERO},
         _LANGUAGE,
@@ -86,16 +93,29 @@ CASES: dict[str, Case] = {
     ),
     "minilm": Case({"attn": ZERO, "value": ZERO}),
     "minilmv2": Case({"q": ZERO, "k": ZERO, "v": ZERO}, args="heads = 8", other={"heads": "4"}),
+    "mt_bert": Case(
+        {"teach": _LABELS, "hard": _LABELS, "soft": "the teachers speak through layers of their own",
+         "hidden": ZERO, "student_side": ZERO},
+        _TWO, call="[t, u] -> s", teaches=("t", "u"), warns=("W0704",),
+    ),
     "pd": Case({"soft": STILL, "hard": _LABELS}),
     "pd_pretrain": Case({"lm": _LABELS}, replace(_LANGUAGE, t=None), call="s"),
     "pkd": Case({"hard": _LABELS, "soft": ZERO, "patient": ZERO, "patient_last": ZERO}, _EQUAL_WIDTH),
     "rail_kd": Case(
-        {"hard": _LABELS, "soft": ZERO} | dict.fromkeys(("layers", "concat", "frozen"), _HEADS)
-        | dict.fromkeys(("anchor", "anchor_concat"), "it decodes the teacher's side"),
+        {"hard": _LABELS} | dict.fromkeys(("soft", "layers", "concat", "frozen"), ZERO)
+        | dict.fromkeys(("anchor", "anchor_concat"), "it keeps the texts of a batch apart on the teacher's side"),
         args="u = 24", warns=("W0704",),
+        apart=dict.fromkeys(("parts", "order"), ("u = 24, concat_weight = 1.0, frozen_weight = 1.0, anchor_weight = 0.0", "an anchor compares neighbours in the micro-batch")),
     ),
-    "rl_kd": Case({"hard": _LABELS, "mean_of_all": ZERO, "soft": ZERO}, _TWO, call="[t, u] -> s"),
-    "sid": Case({"attn": ZERO, "cos": ZERO, "soft": STILL}),
+    "rl_kd": Case(
+        {"hard": _LABELS, "mean_of_all": ZERO, "soft": ZERO}, _TWO, call="[t, u] -> s",
+        without=dict.fromkeys(("parts", "order"), "the teachers of a text are drawn by its place in a micro-batch"),
+    ),
+    "sid": Case({"attn": ZERO, "cos": ZERO, "soft": STILL}, _EQUAL_WIDTH, raised={"threshold": None}, counts=({"k": 2}, {"k": 3})),
+    "takd": Case(
+        {"assistant_hard": _LABELS, "assistant_soft": ZERO, "hard": _LABELS, "soft": ZERO}, _CHAIN,
+        call="[t, u] -> s", teaches=("u",),
+    ),
     "tinybert": Case(
         {"emb": ZERO, "attn": ZERO, "hid": ZERO, "emb_separate": ZERO, "hid_separate": ZERO, "soft": STILL},
     ),

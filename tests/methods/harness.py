@@ -144,7 +144,7 @@ def plans(text: str, warns: tuple[str, ...] = ()) -> dict:
 def spec_plan(text: str, warns: tuple[str, ...] = ()):
     found = check(text)
     said = [f"{d.code} {d.span}: {d.message}" for d in (*found.diagnostics, *found.later) if d.code not in warns]
-    assert said == [], text
+    assert not said, "\n".join([*said, text])
     return compile_plan(found.graph, runtime=found.runtime)
 
 
@@ -184,7 +184,7 @@ def batch_of(task: str, lengths=(7, 4, 5, 3), seed: int = 0, pad: int = 0, left:
 class Step:
     """A compiled stage over models, in the middle of its schedule."""
 
-    def __init__(self, plan, models, projections=None, at: tuple[int, int] = (4, 10)) -> None:
+    def __init__(self, plan, models, projections=None, counts=None, at: tuple[int, int] = (4, 10)) -> None:
         self.plan, self.models = plan, models
         self.distiller = Distiller(plan, models, projections)
         dtype = next(iter(models.values())).dtype
@@ -192,6 +192,9 @@ class Step:
             block.to(dtype)
         self.projections = self.distiller.projections
         self.distiller.step_to(*at)
+        for name, value in (counts or {}).items():
+            (key,) = (key for key in self.distiller.counters.values if key.rpartition("/")[2] == name)
+            self.distiller.counters.values[key] = value
         self.names, self.parameters = zip(*self.distiller.named_parameters(), strict=True)
 
     def __call__(self, *batches, row: int = 0):
