@@ -152,13 +152,14 @@ def _word(ctx: Context, scope: Scope, rule: SettingRule, name: str, expr: ast.Ex
 
 
 def runtime(ctx: Context, scope: Scope, decl: ast.Runtime) -> tuple[tuple[str, AttrValue], ...]:
-    """The runtime block: how, never what."""
+    """The runtime block: how, never what. The settings of a model's placement are named `t.placement`, `t.cache`."""
     plain_settings = [stmt for stmt in decl.body if isinstance(stmt, ast.Setting)]
     found = read(ctx, scope, RUNTIME, plain_settings, "`runtime`")
     for stmt in decl.body:
         if isinstance(stmt, ast.Placement):
             _placed(ctx, scope, stmt)
-            read(ctx, scope, PLACEMENT, list(stmt.body), f"the placement of `{stmt.name.text}`")
+            placed = read(ctx, scope, PLACEMENT, list(stmt.body), f"the placement of `{stmt.name.text}`")
+            found |= {f"{stmt.name.text}.{name}": value for name, value in placed.items()}
     return tuple(sorted((name, plain(value)) for name, value in found.items()))  # type: ignore[misc]
 
 
