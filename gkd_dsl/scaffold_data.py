@@ -110,8 +110,7 @@ def _plain(path: Path, labels: bool) -> Found:
 
 def _csv(path: Path) -> _Table:
     """The table with the delimiter and the quoting that give every row as many cells as the first."""
-    usual: dict[str, AttrValue] = {}
-    tried = [usual, {"quoting": False}]
+    tried: list[dict[str, AttrValue]] = [{}, {"quoting": False}]
     tried += [{"delimiter": other, **more} for other in ("tab", ";", "|") for more in tried[:2]]
     best: tuple[int, dict[str, AttrValue], list[list[str]]] | None = None
     for args in tried:
