@@ -37,6 +37,21 @@ class Coin:
 
 
 @dataclass(frozen=True)
+class Draw:
+    """A whole number from 0 to `count` - 1, each as likely, drawn anew at each step as a coin is."""
+
+    count: int
+    name: str
+
+    def value(self, clock: Clock) -> float:
+        """The number at this step."""
+        return float(random.Random(f"draw {clock.seed} {self.name} {clock.step}").randrange(self.count))
+
+    def __str__(self) -> str:
+        return f"draw({self.count}, {self.name})"
+
+
+@dataclass(frozen=True)
 class Comparison:
     """1 where the comparison holds, 0 where it does not; one with NaN does not."""
 

@@ -13,7 +13,7 @@ from typing import Literal
 
 from gkd_dsl import aligners
 from gkd_dsl.clock import Clock, Span, Unit
-from gkd_dsl.conditions import AtCount, Coin, Comparison, CounterValue, Logic, Not, Recent, StageProgress, counted
+from gkd_dsl.conditions import AtCount, Coin, Comparison, CounterValue, Draw, Logic, Not, Recent, StageProgress, counted
 
 
 def _between(first: float, second: float, value: float) -> float:
@@ -174,6 +174,7 @@ Schedule = (
     | Arithmetic
     | InDrawnMap
     | Coin
+    | Draw
     | Comparison
     | Logic
     | Not
@@ -217,6 +218,8 @@ def bounds(schedule: Schedule) -> tuple[float, float] | None:
             return min(first, second), max(first, second)
         case CounterValue(start=first, stop=second):
             return float(first), float(second)
+        case Draw(count=count):
+            return 0.0, float(count - 1)
         case StageProgress(what=what):
             return 0.0, 1.0 if what == "progress" else math.inf
         case Recent():
@@ -329,6 +332,7 @@ __all__ = [
     "Constant",
     "Cosine",
     "CounterValue",
+    "Draw",
     "InDrawnMap",
     "Logic",
     "Not",

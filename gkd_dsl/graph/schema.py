@@ -59,6 +59,7 @@ _VALUES: dict[str, type] = {
     "InDrawnMap": schedules.InDrawnMap,
     "Stairs": schedules.Stairs,
     "Coin": schedules.Coin,
+    "Draw": schedules.Draw,
     "Comparison": schedules.Comparison,
     "Logic": schedules.Logic,
     "Not": schedules.Not,

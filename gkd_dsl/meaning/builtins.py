@@ -381,6 +381,7 @@ BUILTINS: dict[str, Callable[[Context, Scope, str, ast.Call], Value]] = {
     "teachers": _teachers,
     "gate": conditions.gate,
     "coin": conditions.coin,
+    "draw": conditions.draw,
     "sum": _reduce,
     "mean": _reduce,
 }

@@ -97,8 +97,8 @@ def as_weight(ctx: Context, scope: Scope, value: Value, expr: ast.Expr) -> Value
 
 def _one(ctx: Context, scope: Scope, name: str, expr: ast.Call) -> tuple[Value, ast.Expr] | None:
     if len(expr.args) != 1 or expr.args[0].name is not None:
-        form = "gate(i < k)" if name == "gate" else "coin(0.5)"
-        what = "a condition" if name == "gate" else "a probability"
+        form = {"gate": "gate(i < k)", "draw": "draw(s.N)"}.get(name, "coin(0.5)")
+        what = {"gate": "a condition", "draw": "a whole number"}.get(name, "a probability")
         ctx.error(scope, "E0224", f"`{name}` takes {what}", expr.span, f"write `{form}`")
         return None
     written = expr.args[0].value
@@ -134,8 +134,22 @@ def coin(ctx: Context, scope: Scope, name: str, expr: ast.Call) -> Value:
     return Scheduled(schedules.Coin(p, _name(ctx, scope, expr)))
 
 
+def draw(ctx: Context, scope: Scope, name: str, expr: ast.Call) -> Value:
+    """`draw(s.N)`: a whole number from 0 to s.N - 1, drawn at each step; each place by itself, as coins are."""
+    given = _one(ctx, scope, name, expr)
+    if given is None or isinstance(given[0], Unknown):
+        return UNKNOWN
+    value, written = given
+    count = value.value if isinstance(value, Num) else None
+    if not isinstance(count, int):
+        return ctx.error(scope, "E0404", f"`draw` takes a whole number, and this is {kind(value)}", written.span)
+    if count < 1:
+        return ctx.error(scope, "E0403", f"`draw` is of one number or more, not {count}", written.span)
+    return Num(0) if count == 1 else Scheduled(schedules.Draw(count, _name(ctx, scope, expr)))
+
+
 def _name(ctx: Context, scope: Scope, expr: ast.Call) -> str:
-    """The name of a coin: one for each place, used method, and element of the families and `for`s around it."""
+    """The name of a coin or a draw: one for each place, used method, and element of the families and `for`s around it."""
     bound = []
     inner: Scope | None = scope
     while inner is not None:
@@ -144,7 +158,7 @@ def _name(ctx: Context, scope: Scope, expr: ast.Call) -> str:
     numbers = tuple((name, value.value) for name, value in bound if isinstance(value, Num))
     place = (scope.prefix, id(expr.span.source), expr.span.start, numbers)
     if place not in ctx.coins:
-        ctx.coins[place] = ctx.builder.fresh(f"{scope.prefix}coin")
+        ctx.coins[place] = ctx.builder.fresh(f"{scope.prefix}{expr.func.span.text}")
     return ctx.coins[place]
 
 
