@@ -69,7 +69,7 @@ class Specimens:
             return config | {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072}
         wide: dict[str, object] = {
             "use_bottleneck": True, "intra_bottleneck_size": 1024, "intermediate_size": 4096,
-            "num_feedforward_networks": 1,
+            "num_feedforward_networks": 1, "use_bottleneck_attention": True, "key_query_shared_bottleneck": False,
         }  # fmt: skip
         return config | (wide if role == "teacher" else {})
 
