@@ -153,9 +153,11 @@ def _attribute(ctx: Context, scope: Scope, expr: ast.Attr) -> Value:
                 expr.span,
                 f"write `{expr.span.text}(...)`",
             )
-    return ctx.error(
-        scope, "E0206", f"{kind(base)} has no parts", expr.name.span, f"`.{expr.name.text}` of {kind(base)}"
-    )
+    hint = f"`.{expr.name.text}` of {kind(base)}"
+    if isinstance(base, Items) and base.items and all(isinstance(item, Model) for item in base.items):
+        one = f"{expr.base.span.text}[k].{expr.name.text}"
+        hint = f"write `{one}`, as in `sum(... {one} ... for k in teachers({expr.base.span.text}))`"
+    return ctx.error(scope, "E0206", f"{kind(base)} has no parts", expr.name.span, hint)
 
 
 def _instance_member(ctx: Context, scope: Scope, base: Instance, expr: ast.Attr) -> Value:
@@ -464,6 +466,9 @@ def elements(ctx: Context, scope: Scope, value: Value, expr: ast.Expr) -> list[t
             return None
         case Items():
             return [(item, one) for item in value.items]
+        case Model() if _is_formal(scope, expr):
+            # The one model of a formal that may hold several: `for t in ts`.
+            return [(value, one)]
         case Numbers() if value.hi - value.lo > _LIMIT:
             ctx.error(scope, "E0218", f"this runs over {value.hi - value.lo} numbers, more than {_LIMIT}", expr.span)
             return None
