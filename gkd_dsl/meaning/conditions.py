@@ -149,7 +149,7 @@ def draw(ctx: Context, scope: Scope, name: str, expr: ast.Call) -> Value:
 
 
 def _name(ctx: Context, scope: Scope, expr: ast.Call) -> str:
-    """The name of a coin or a draw: one for each place, used method, and element of the families and `for`s around it."""
+    """The name of a coin or a draw: one for each place, used method, and element of families and `for`s around it."""
     bound = []
     inner: Scope | None = scope
     while inner is not None:
