@@ -98,6 +98,12 @@ CASES: dict[str, Case] = {
          "hidden": ZERO, "student_side": ZERO},
         _TWO, call="[t, u] -> s", teaches=("t", "u"), warns=("W0704",),
     ),
+    "mobilebert": Case(
+        {"emb": ZERO, "feature": ZERO, "attention": ZERO, "mlm": _LABELS, "soft": STILL},
+        Models((2, 16, 4), (2, 16, 4), "masked_lm"),
+    ),
+    "mobilebert_task": Case({"hard": _LABELS}, replace(_EQUAL_WIDTH, t=None), call="s"),
+    "mobilebert_teacher": Case({"mlm": _LABELS}, replace(_LANGUAGE, t=None), call="s"),
     "pd": Case({"soft": STILL, "hard": _LABELS}),
     "pd_pretrain": Case({"lm": _LABELS}, replace(_LANGUAGE, t=None), call="s"),
     "pkd": Case({"hard": _LABELS, "soft": ZERO, "patient": ZERO, "patient_last": ZERO}, _EQUAL_WIDTH),
