@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gkd_dsl.runtime.ops.common import default_dims, full, mask_for, unit, zero_where_not
+from gkd_dsl.runtime.ops.common import default_dims, full, mask_for, zero_where_not
 from gkd_dsl.runtime.ops.registry import function
 
 BUDGET = 1 << 22
@@ -18,9 +18,15 @@ BUDGET = 1 << 22
 
 
 def _angles(edges: Tensor) -> Tensor:
-    """Cosines between the edges at each vertex: [r, m, F] -> [r, m, m]; 0 for an edge of length 0."""
-    rows = unit(edges)
-    return rows @ rows.transpose(-1, -2)
+    """Cosines between the edges at each vertex: [r, m, F] -> [r, m, m]; 0 for an edge of length 0.
+
+    The products are divided, not the edges: those are the large tensor, and would be there once more.
+    """
+    products = edges @ edges.transpose(-1, -2)
+    squares = products.diagonal(dim1=-2, dim2=-1)
+    held = squares > 1e-24
+    inverse = zero_where_not(held, torch.where(held, squares, torch.ones_like(squares)).rsqrt())
+    return products * inverse.unsqueeze(-1) * inverse.unsqueeze(-2)
 
 
 def _errors(student: Tensor, teacher: Tensor, counted: Tensor, error: str) -> Tensor:

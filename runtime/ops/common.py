@@ -43,7 +43,7 @@ def unit(x: Tensor) -> Tensor:
     x = full(x)
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     held = length > 1e-12
-    return zero_where_not(held, x / torch.where(held, length, torch.ones_like(length)))
+    return x * zero_where_not(held, torch.where(held, length, torch.ones_like(length)).reciprocal())
 
 
 def on_rows(
