@@ -34,6 +34,8 @@ def condition_of(value: Value) -> schedules.Schedule | None:
             return schedule
         case Scheduled(schedule=schedule) if schedules.is_condition(schedule):
             return schedule
+        case Scheduled(schedule=schedules.Constant(amount=0.0 | 1.0) as schedule):
+            return schedule
     return None
 
 
@@ -130,7 +132,8 @@ def coin(ctx: Context, scope: Scope, name: str, expr: ast.Call) -> Value:
         shown = f"{limits[0]:g}" if limits[0] == limits[1] else f"from {limits[0]:g} to {limits[1]:g}"
         return ctx.error(scope, "E0403", f"a probability is from 0 to 1, and this is {shown}", written.span)
     if limits in ((0.0, 0.0), (1.0, 1.0)):
-        return Num(int(limits[0]))
+        # Still a coin, which `not` and `and` take.
+        return Scheduled(schedules.Constant(limits[0]))
     return Scheduled(schedules.Coin(p, _name(ctx, scope, expr)))
 
 

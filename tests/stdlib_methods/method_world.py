@@ -38,7 +38,7 @@ def folder(task: str, layers: int, width: int, heads: int = HEADS, dropout: floa
     """The folder of a tiny BERT, relative to the world."""
     name = f"{task}_{layers}x{width}h{heads}d{dropout}"
     place = world() / name
-    place.mkdir()
+    place.mkdir(exist_ok=True)
     config = {
         "architectures": [f"BertFor{_HEAD[task]}"], "model_type": "bert", "vocab_size": VOCABULARY,
         "hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads, "intermediate_size": 2 * width,
