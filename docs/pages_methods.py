@@ -120,7 +120,7 @@ def _cost(info: library.MethodInfo) -> list[str]:
     for title, cost in stage_costs(info.name):
         for forward in cost.forwards:
             run = "whole" if forward.blocks == forward.of else f"{forward.blocks} of {forward.of} blocks"
-            way = "with a backward" if forward.trains else "forward only"
+            way = ", ".join(("with a backward" if forward.trains else "forward only", *forward.changes))
             taps = ", ".join(f"`{path}`" for path in forward.paths)
             cells = (title, f"`{forward.name}`", f"`{forward.model}`", f"{run}, {way}", taps)
             lines.append(f"| {' | '.join(cells)} |")

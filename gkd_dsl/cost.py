@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
 from gkd_dsl.fitting import fitting
 from gkd_dsl.graph.access import natural
 from gkd_dsl.graph.families import family_name, indices, masked
-from gkd_dsl.graph.nodes import PolicyNode
+from gkd_dsl.graph.nodes import PolicyNode, ReplaceBlock, SwapTap
 from gkd_dsl.graph.plan import ForwardPlan, StagePlan
+from gkd_dsl.models.taps import TapPath
 
 
 @dataclass(frozen=True)
 class ForwardCost:
     """One forward of a step: of `model`, as the pass `name`; how many of its blocks run (of how many).
 
-    `taps` counts the tensors taken from it by kind, `paths` are their names.
+    `taps` counts the tensors taken from it by kind, `paths` are their names, `changes` says what flows otherwise in it.
     """
 
     name: str
@@ -27,12 +29,14 @@ class ForwardCost:
     of: int
     taps: tuple[tuple[str, int], ...]
     paths: tuple[str, ...]
+    changes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         run = "whole" if self.blocks == self.of else f"{self.blocks} of {self.of} blocks"
         what = "" if self.name == self.model else f", a pass of {self.model}"
         way = "forward and backward" if self.trains else "forward"
-        return f"{self.name}{what} ({way}, {run}): {', '.join(self.paths) or 'no tap'}"
+        notes = ", ".join((way, run, *self.changes))
+        return f"{self.name}{what} ({notes}): {', '.join(self.paths) or 'no tap'}"
 
 
 @dataclass(frozen=True)
@@ -154,15 +158,42 @@ def _forward_cost(forward: ForwardPlan, layers: int) -> ForwardCost:
         blocks = index + 1 if stop.kind == "layer" else index
     kinds = Counter(tap.path.part if tap.path.part else tap.path.kind for tap in forward.taps)
     name = forward.key.removesuffix("/forward").removeprefix("pass/").removeprefix("m/")
-    return ForwardCost(name, forward.model, forward.grad, blocks, layers, tuple(kinds.items()), tap_names(forward))
+    return ForwardCost(
+        name,
+        forward.model,
+        forward.grad,
+        blocks,
+        layers,
+        tuple(kinds.items()),
+        tap_names(tap.path for tap in forward.taps),
+        _changes(forward),
+    )
 
 
-def tap_names(forward: ForwardPlan) -> tuple[str, ...]:
-    """The taps of a forward with the indices of layers in one bracket: `layer[0..5].attn.scores`."""
+def _changes(forward: ForwardPlan) -> tuple[str, ...]:
+    """What a pass changes, in words."""
+    replaced: dict[str, list[int]] = {}
+    swapped: list[TapPath] = []
+    added: list[TapPath] = []
+    for change in forward.changes:
+        if isinstance(change, ReplaceBlock):
+            replaced.setdefault(change.model, []).append(change.index)
+        elif isinstance(change, SwapTap):
+            swapped.append(change.path)
+        else:
+            added.append(change.path)
+    words = [f"blocks {indices(found)} replaced by those of {model}" for model, found in replaced.items()]
+    words += [f"{', '.join(tap_names(swapped))} swapped"] if swapped else []
+    words += [f"{', '.join(tap_names(added))} added to"] if added else []
+    inputs = sorted({column for column, _ in forward.inputs})
+    return (*words, *([f"{', '.join(inputs)} of its own"] if inputs else []))
+
+
+def tap_names(paths: Iterable[TapPath]) -> tuple[str, ...]:
+    """Taps with the indices of layers in one bracket: `layer[0..5].attn.scores`."""
     grouped: dict[tuple[str, str | None, str | None], list[int]] = {}
-    for tap in forward.taps:
-        key = (tap.path.kind, tap.path.part, tap.path.name)
-        grouped.setdefault(key, []).append(-1 if tap.path.index is None else tap.path.index)
+    for path in paths:
+        grouped.setdefault((path.kind, path.part, path.name), []).append(-1 if path.index is None else path.index)
     names = []
     for (kind, part, name), numbers in grouped.items():
         text = kind if name is None else f'{kind}("{name}")'

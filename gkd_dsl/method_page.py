@@ -77,7 +77,7 @@ def cost_lines(info: MethodInfo, width: int) -> list[str]:
     """The stages with their forwards, the taps of each, and what trains beside the student."""
     lines = []
     for title, cost in stage_costs(info.name):
-        lines.append(f"  {title}: {cost.words}")
+        lines += wrap(f"{title}: {cost.words}", width, initial_indent="  ", subsequent_indent="    ")
         for forward in cost.forwards:
             lines += wrap(str(forward), width, initial_indent="    ", subsequent_indent="      ")
         lines += [f"    trains beside the student: {part}" for part in cost.grouped] if cost.student else [

@@ -314,7 +314,10 @@ class _Writer:
             )
         keep = count // 2 if role == "student" else max(count // 2 + 1, 3 * count // 4)
         layers = [-(-(place + 1) * count // keep) - 1 for place in range(keep)]
-        comment = f"{name} is cut out of {teacher.name}: {keep} of its {count} layers, with their weights."
+        which = ""
+        if role == "student" and re.search(r"teacher's first (layers|blocks)", " ".join(self.info.remarks.split())):
+            layers, which = list(range(keep)), "the first "
+        comment = f"{name} is cut out of {teacher.name}: {which}{keep} of its {count} layers, with their weights."
         return Declared(role, name, f"truncated({teacher.name}, layers = {layers})", (comment,))
 
     def _data(self) -> list[str]:

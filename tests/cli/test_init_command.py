@@ -132,6 +132,11 @@ def test_without_a_student_half_of_the_teacher(here: Path) -> None:
     assert "student s = truncated(t, layers = [1, 3])" in sound(here / "kd.gkd")
 
 
+def test_a_paper_that_starts_from_the_first_layers(here: Path) -> None:
+    assert init("--method", "pkd", "--teacher", "teacher", "--data", "rows.csv").exit_code == 0
+    assert "student s = truncated(t, layers = [0, 1])" in sound(here / "pkd.gkd")
+
+
 def test_a_teacher_without_a_classifier_learns_first(here: Path) -> None:
     assert init("--method", "kd", "--teacher", "encoder", "--student", "masked", "--data", "rows.csv").exit_code == 0
     text = sound(here / "kd.gkd")

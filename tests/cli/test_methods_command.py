@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from gkd_dsl import library, method_page
 from gkd_dsl.cli.main import application
-from gkd_dsl.cost import Beside, ForwardCost, StageCost
+from gkd_dsl.cost import Beside, ForwardCost, StageCost, costs
 
 NAMES = library.names()
 
@@ -105,6 +105,16 @@ def test_a_pass_and_a_policy_in_words() -> None:
     cost = StageCost("main", (plain, source), (Beside("policy", "pi", 12), Beside("teacher", "t", None)), True)
     assert cost.words == "2 forwards, 1 more than fine-tuning; 1 with a backward"
     assert [str(part) for part in cost.beside] == ["policy pi, 12 parameters", "teacher t"]
+
+
+def test_what_a_pass_changes_is_said() -> None:
+    page = " ".join(ask("theseus", columns=120).stdout.split())
+    assert "mixed, a pass of s (forward and backward, whole, blocks 0..5 replaced by those of t): logits" in page
+    (first, _) = costs("theseus")
+    assert first.extra == 0, "the teacher is not run by itself"
+    probe = [forward for forward in costs("lrc_bert")[0].forwards if forward.changes]
+    assert [forward.model for forward in probe] == ["s"]
+    assert probe[0].changes == ("hidden[0] added to",)
 
 
 def test_the_row_of_the_family_table(tmp_path) -> None:
