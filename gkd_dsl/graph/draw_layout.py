@@ -108,8 +108,10 @@ def _ranks(drawing: Drawing) -> dict[str, int]:
     for key, shape in shapes.items():
         if shape in ("loss", "metric"):
             ranks[key] = last + 1
-        elif shape == "stage":
+        elif shape == "counter":
             ranks[key] = last + 2
+        elif shape == "stage":
+            ranks[key] = last + (3 if "counter" in shapes.values() else 2)
     return ranks
 
 

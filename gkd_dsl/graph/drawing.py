@@ -12,6 +12,7 @@ from gkd_dsl.graph.access import ancestors, inputs, natural, nodes
 from gkd_dsl.graph.families import families, family_name, indices
 from gkd_dsl.graph.nodes import (
     BatchNode,
+    CounterNode,
     ForwardNode,
     GraphNode,
     LossNode,
@@ -26,7 +27,7 @@ from gkd_dsl.graph.nodes import (
 from gkd_dsl.graph.passes.liveness import from_batch
 from gkd_dsl.schedules import Constant, Schedule
 
-Shape = Literal["forward", "tap", "op", "project", "policy", "batch", "loss", "metric", "stage"]
+Shape = Literal["forward", "tap", "op", "project", "policy", "batch", "loss", "metric", "counter", "stage"]
 Tone = Literal["frozen", "trained", "plain"]
 
 MOST_ALONE = 3
@@ -150,7 +151,18 @@ def _coarse(view: nx.MultiDiGraph, members: list[list[str]]) -> list[list[str]]:
 
 
 def _importance(node: GraphNode) -> int:
-    order = (StageNode, LossNode, ForwardNode, TapNode, OpNode, ProjectNode, PolicyNode, MetricNode, BatchNode)
+    order = (
+        StageNode,
+        LossNode,
+        ForwardNode,
+        TapNode,
+        OpNode,
+        ProjectNode,
+        PolicyNode,
+        MetricNode,
+        CounterNode,
+        BatchNode,
+    )
     return next(place for place, kind in enumerate(order) if isinstance(node, kind))
 
 
@@ -167,7 +179,7 @@ def _homes(view: nx.MultiDiGraph) -> dict[str, str]:
             home[key] = "batch"
         elif isinstance(node, StageNode):
             home[key] = key
-        elif isinstance(node, LossNode | MetricNode):
+        elif isinstance(node, LossNode | MetricNode | CounterNode):
             users = {user for user in view.successors(key) if isinstance(view.nodes[user]["node"], StageNode)}
             home[key] = users.pop() if len(users) == 1 else ""
     return home
@@ -209,6 +221,8 @@ def _box(view: nx.MultiDiGraph, group: Sequence[str], home: dict[str, str], trai
             kind, lines = "loss", (f"loss {family_name([node.name for node in found])}{times}",)
         case MetricNode():
             kind, lines = "metric", (f"metric {family_name([node.name for node in found])}{times}",)
+        case CounterNode():
+            kind, lines = "counter", (f"counter {first.name}", f"{first.start} to {first.stop}")
         case StageNode():
             name = family_name([node.name for node in found]) + times
             kind, lines = "stage", (f"stage {name}", f"for {first.duration}")
@@ -281,6 +295,8 @@ def _label(view: nx.MultiDiGraph, target: str, slot: str) -> str:
         return _factor(reader.weights[int(slot)])
     if isinstance(reader, StageNode) and slot.startswith("reward."):
         return f"reward of {slot.removeprefix('reward.')}"
+    if isinstance(reader, CounterNode):
+        return "watched"
     if isinstance(reader, LossNode):
         return _factor(reader.coefficients[int(slot)])
     return ""

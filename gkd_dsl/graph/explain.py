@@ -10,7 +10,15 @@ import networkx as nx
 
 from gkd_dsl import schedules
 from gkd_dsl.graph import access
-from gkd_dsl.graph.explain_words import counted_words, forward_words, number, optim_words, source_words, through
+from gkd_dsl.graph.explain_words import (
+    condition_words,
+    counted_words,
+    forward_words,
+    number,
+    optim_words,
+    source_words,
+    through,
+)
 from gkd_dsl.graph.families import indices
 from gkd_dsl.graph.nodes import BatchNode, LossNode, ModelNode, OpNode, ProjectNode, StageNode, TapNode
 from gkd_dsl.graph.passes import compile_plan, liveness, run_passes
@@ -102,6 +110,17 @@ class PolicyRow:
 
 
 @dataclass(frozen=True)
+class CounterRow:
+    """A counter that the stage reads: it goes up by one after a step in which `when` holds, by watching losses."""
+
+    name: str
+    start: int
+    stop: int
+    when: str
+    watches: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class StageExplanation:
     """One stage. `live_bytes` is the most that taps and results of operators hold at once, in fp32."""
 
@@ -126,6 +145,7 @@ class StageExplanation:
     length: int
     live_bytes: int
     policies: tuple[PolicyRow, ...] = ()
+    counters: tuple[CounterRow, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -223,6 +243,7 @@ def _stage(
         length=tokens,
         live_bytes=liveness.estimate(plan.program, plan.forwards, texts, tokens),
         policies=tuple(_policies(graph, plan)),
+        counters=tuple(CounterRow(c.name, c.start, c.stop, condition_words(c.when), c.losses) for c in plan.counters),
     )
 
 
@@ -236,9 +257,9 @@ def _limit(stage: StageNode) -> int | None:
 def _clock(stage: StageNode, step: int, steps: int, tokens: int) -> Clock:
     """The clock at a step of a stage, as long as its duration says."""
     epochs = stage.duration.amount if stage.duration.unit == "epochs" else 1.0
-    if stage.duration.unit == "tokens":
-        return Clock(step, steps, steps / epochs, round(step * stage.duration.amount / steps))
-    return Clock(step, steps, steps / epochs, step * tokens)
+    by_tokens = stage.duration.unit == "tokens"
+    seen = round(step * stage.duration.amount / steps) if by_tokens else step * tokens
+    return Clock(step, steps, steps / epochs, seen, seed=stage.seed)
 
 
 def _objective(stage: StageNode, names: list[str]) -> str:
@@ -287,7 +308,9 @@ def _weights(plan: StagePlan, clocks: tuple[Clock, ...]) -> Iterable[WeightRow]:
     def row(name: str, schedule: Schedule) -> WeightRow:
         if isinstance(schedule, schedules.Constant):
             return WeightRow(name, number(schedule.amount), True, ())
-        return WeightRow(name, str(schedule), False, tuple(schedule.value(clock) for clock in clocks))
+        # What a counter decides is not known before the run.
+        known = () if schedules.counters(schedule) else clocks
+        return WeightRow(name, str(schedule), False, tuple(schedule.value(clock) for clock in known))
 
     seen: set[tuple[str, Schedule]] = set()
     for weight, loss in zip(plan.weights, plan.losses, strict=True):
@@ -295,7 +318,8 @@ def _weights(plan: StagePlan, clocks: tuple[Clock, ...]) -> Iterable[WeightRow]:
         moving = [by for by, _ in loss.parts if not isinstance(by, schedules.Constant)]
         distinct = tuple(dict.fromkeys(moving))
         if len(distinct) > _MOST_ROWS:
-            values = tuple(sum(by.value(clock) for by in moving) for clock in clocks)
+            known = () if any(schedules.counters(by) for by in distinct) else clocks
+            values = tuple(sum(by.value(clock) for by in moving) for clock in known)
             yield WeightRow(f"{loss.name}, sum over {len(moving)} terms", _kinds(distinct), False, values)
             continue
         for by in distinct:

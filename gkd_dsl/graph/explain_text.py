@@ -73,6 +73,8 @@ def _stage(stage: StageExplanation, console: Console) -> None:
                 f"next step; {policy.optim}",
             )
         )
+    for counter in stage.counters:
+        facts.append((f"counter {counter.name}", f"from {counter.start} to {counter.stop}, up when {counter.when}"))
     size = _bytes(stage.live_bytes)
     facts.append(("memory", f"{size} of taps and results at most, in fp32, for {stage.batch} x {stage.length} tokens"))
     _table(console, (), facts)
@@ -89,7 +91,7 @@ def _weights(console: Console, stage: StageExplanation) -> None:
 
 
 def _weight(row: WeightRow, columns: int) -> tuple[str, ...]:
-    values = [number(round(value, 6)) for value in row.values] or [""] * columns
+    values = [number(round(value, 6)) for value in row.values] or ["" if row.constant else "?"] * columns
     return (row.name, row.schedule, *values)
 
 

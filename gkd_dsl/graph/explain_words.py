@@ -7,6 +7,7 @@ import networkx as nx
 from gkd_dsl.graph import access
 from gkd_dsl.graph.nodes import AttrValue, BatchNode, OpNode, OptimSpec, SourceSpec, TapNode
 from gkd_dsl.graph.plan import Counted, ForwardPlan
+from gkd_dsl.schedules import AtCount, Schedule
 
 _USUAL: dict[str, AttrValue] = {
     "delimiter": "auto",
@@ -24,6 +25,14 @@ _USUAL: dict[str, AttrValue] = {
 def number(value: float) -> str:
     """Up to six digits, without the noise of binary fractions: `0.3`, `1e-05`."""
     return f"{value:.6g}"
+
+
+def condition_words(when: Schedule) -> str:
+    """When a counter advances; of one that has another condition at each of its values, the first and the last."""
+    if not isinstance(when, AtCount) or len(when.cases) <= 2:
+        return str(when)
+    first, last = when.start, when.start + len(when.cases) - 1
+    return f"{when.cases[0]} at {first}, ..., {when.cases[-1]} at {last}"
 
 
 def through(ops: list[str]) -> str:

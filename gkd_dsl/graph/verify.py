@@ -6,9 +6,11 @@ from collections.abc import Callable
 
 import networkx as nx
 
+from gkd_dsl import schedules
 from gkd_dsl.graph.access import GraphError, inputs, nodes
 from gkd_dsl.graph.nodes import (
     BatchNode,
+    CounterNode,
     ForwardNode,
     GraphNode,
     LossNode,
@@ -27,7 +29,8 @@ def verify(graph: nx.MultiDiGraph) -> None:
     It has no cycle; a key is its node's; a slot is filled once; a tap hangs on one forward of its model; a
     loss reads loss-typed operators, one for each coefficient; a stage has one loss for each weight; what counts
     (`valid`) is computed from the batch alone; a policy reads nothing, chooses among as many states as it has actions,
-    and has its reward in each stage that it chooses in.
+    and has its reward in each stage that it chooses in; a counter goes up and reads losses, and a stage has every
+    counter that its losses are weighed by.
     """
     if not nx.is_directed_acyclic_graph(graph):
         cycle = [edge[0] for edge in nx.find_cycle(graph)]
@@ -47,6 +50,7 @@ def verify(graph: nx.MultiDiGraph) -> None:
         slots = {slot: key for slot, key in inputs(graph, stage.key).items() if slot.isdigit()}
         _numbered(graph, stage.key, len(stage.weights), slots, lambda node: isinstance(node, LossNode))
         _policies(graph, stage.key)
+        _counters(graph, stage)
     for op in (*nodes(graph, OpNode), *nodes(graph, MetricNode)):
         slots = inputs(graph, op.key)
         valid = slots.get("valid")
@@ -72,6 +76,19 @@ def _policies(graph: nx.MultiDiGraph, stage: str) -> None:
                 raise GraphError(stage, f"slot {slot} holds {key}")
             if reward is None or not isinstance(graph.nodes[reward]["node"], LossNode):
                 raise GraphError(stage, f"the policy {name} has the reward {reward}")
+
+
+def _counters(graph: nx.MultiDiGraph, stage: StageNode) -> None:
+    held = {slot.removeprefix("counter."): key for slot, key in inputs(graph, stage.key).items()}
+    for weight in stage.weights:
+        for name in schedules.counters(weight):
+            if not isinstance(graph.nodes[held.get(name, stage.key)]["node"], CounterNode):
+                raise GraphError(stage.key, f"a weight reads the counter {name}, which the stage has not")
+    for counter in nodes(graph, CounterNode):
+        slots = inputs(graph, counter.key)
+        _numbered(graph, counter.key, len(slots), slots, lambda node: isinstance(node, LossNode))
+        if counter.stop <= counter.start:
+            raise GraphError(counter.key, f"a counter from {counter.start} to {counter.stop}")
 
 
 def _is_loss(node: object) -> bool:
