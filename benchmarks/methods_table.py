@@ -12,7 +12,8 @@ with the other half. Stages that train others (assistants, teachers together) ha
     python benchmarks/methods_table.py --quick                            a smoke run on docstrings
 
 Without `--data`, sentences are docstrings of the standard library, and the label is which of two groups of packages
-one is from. A finished row is stored in the work folder, and a second run of the same settings goes on from there.
+one is from. A finished row is stored in the work folder, and a second run of the same settings goes on from there;
+after a change of the code remove that folder. It holds every spec that was run, `runs/METHOD-SEED/spec.gkd`.
 The script ends with 1 where a method fails, a loss is not finite, or the student of KD (and, in a run that is not
 `--quick`, of any method) does not beat chance.
 """
@@ -27,6 +28,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +50,8 @@ def main() -> int:
     """Run what is missing, then write the table; the exit code."""
     options = arguments()
     work.begin(os.cpu_count() or 1)
-    settings = settings_of(options)
     rows, source = data.read(options.data)
-    digest = data.write(rows, options.work / "data", TRAINING_ROWS if options.quick else None)
+    settings = settings_of(options, data.write(rows, options.work / "data", TRAINING_ROWS if options.quick else None))
     labels = data.held_out(options.work / "data")[1]
     names = specs.names(options.methods)
     names = [BASELINE, *(name for name in names if name != BASELINE)]
@@ -58,11 +59,11 @@ def main() -> int:
     print(f"data: {source}; {len(labels)} sentences held out", flush=True)
 
     work.start(settings, options.work)
-    tasks = missing(options, settings, digest, names)
+    tasks = missing(options, settings, names)
     if tasks:
         estimate(settings, options, names, len(tasks))
     teachers, found = train(options, settings, names, tasks)
-    found = stored(options.work, settings, digest, names, options.seeds) + [row for row in found if "error" in row]
+    found = stored(options.work, settings, names, options.seeds) + [row for row in found if "error" in row]
     costs: dict[str, dict[str, Any]] = {}
     if not options.no_timing:
         print("timing, alone", flush=True)
@@ -96,7 +97,7 @@ def arguments() -> argparse.Namespace:
     options = parser.parse_args()
     gpu = options.device == "cuda"
     options.seeds = options.seeds or ([0] if options.quick else [0, 1, 2])
-    options.steps = options.steps or (30 if options.quick else 800 if gpu else 200)
+    options.steps = options.steps or (20 if options.quick else 800 if gpu else 200)
     options.batch = options.batch or (32 if gpu and not options.quick else 16)
     options.jobs = options.jobs or (4 if gpu else os.cpu_count() or 1)
     options.no_timing = options.no_timing or options.quick
@@ -106,7 +107,7 @@ def arguments() -> argparse.Namespace:
     return options
 
 
-def settings_of(options: argparse.Namespace) -> Settings:
+def settings_of(options: argparse.Namespace, digest: str) -> Settings:
     """The settings of all rows."""
     return Settings(
         encoder=options.encoder,
@@ -117,29 +118,26 @@ def settings_of(options: argparse.Namespace) -> Settings:
         lr=3e-4 if options.quick else 1e-4,
         teacher_lr=1e-4 if options.quick else 5e-5,
         device=options.device,
+        data=digest,
     )
 
 
-def missing(
-    options: argparse.Namespace, settings: Settings, digest: str, names: Sequence[str]
-) -> list[tuple[str, int, str]]:
+def missing(options: argparse.Namespace, settings: Settings, names: Sequence[str]) -> list[tuple[str, int, str]]:
     """The rows that are not stored: method, seed, key."""
-    there = {(row["method"], row["seed"]) for row in stored(options.work, settings, digest, names, options.seeds)}
+    there = {(row["method"], row["seed"]) for row in stored(options.work, settings, names, options.seeds)}
     return [
-        (name, seed, work.key_of(settings, digest, name))
+        (name, seed, work.key_of(settings, name))
         for seed in options.seeds
         for name in names
         if (name, seed) not in there
     ]
 
 
-def stored(
-    folder: Path, settings: Settings, digest: str, names: Sequence[str], seeds: Sequence[int]
-) -> list[dict[str, Any]]:
+def stored(folder: Path, settings: Settings, names: Sequence[str], seeds: Sequence[int]) -> list[dict[str, Any]]:
     """The finished rows of these settings."""
     file = folder / "rows.jsonl"
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-    keys = {name: work.key_of(settings, digest, name) for name in names}
+    keys = {name: work.key_of(settings, name) for name in names}
     found: dict[tuple[str, int], dict[str, Any]] = {}
     for line in lines:
         try:
@@ -197,7 +195,7 @@ def train(
     pool = ProcessPoolExecutor(
         options.jobs, mp_context=multiprocessing.get_context("spawn"), initializer=work.begin, initargs=(threads,)
     )
-    with pool:
+    with stopping(pool):
         teachers: list[dict[str, Any]] = []
         for _, done in each(pool, work.train_teacher, teacher_tasks(options, settings, names)):
             teachers.append(done)
@@ -214,6 +212,17 @@ def train(
                 f"{number}/{len(tasks)} {row['method']}, seed {row['seed']}: {told}, {row['seconds']:.0f} s", flush=True
             )
     return teachers, rows
+
+
+@contextmanager
+def stopping(pool: ProcessPoolExecutor) -> Iterator[None]:
+    """End the pool; what waits in it is given up where something was raised."""
+    try:
+        yield
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+    pool.shutdown()
 
 
 def teacher_tasks(options: argparse.Namespace, settings: Settings, names: Sequence[str]) -> list[tuple[Any, ...]]:

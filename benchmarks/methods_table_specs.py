@@ -31,7 +31,7 @@ OWN = ("seed", "batch_size", "optim", "max_length", "accumulate")
 
 @dataclass(frozen=True)
 class Settings:
-    """What all methods share. `steps` are the student's optimiser steps, over all stages."""
+    """What all methods share. `steps` are the student's optimiser steps, over all stages; `data` is a digest."""
 
     encoder: str
     steps: int
@@ -42,6 +42,7 @@ class Settings:
     teacher_lr: float
     warmup: int = 10
     device: str = "cpu"
+    data: str = ""
 
     def key(self) -> str:
         """The settings that a result depends on."""

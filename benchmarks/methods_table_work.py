@@ -44,13 +44,14 @@ def start(settings: Settings, work: Path) -> None:
 
     So the students of all methods start equal: blocks of the encoder, a new pooler and a new head, drawn by the seed.
     """
-    folder = work / "models" / "start"
-    if (folder / "config.json").is_file():
+    folder, stamp = work / "models" / "start", work / "models" / "encoder"
+    if (folder / "config.json").is_file() and stamp.is_file() and stamp.read_text() == settings.encoder:
         return
     place = locate(settings.encoder, offline=True)
     torch.manual_seed(0)
     model = transformers.AutoModelForMaskedLM.from_pretrained(place, dtype=torch.float32)
     _save(model, place, folder)
+    stamp.write_text(settings.encoder)
 
 
 def _save(model: transformers.PreTrainedModel, place: Path, folder: Path) -> None:
@@ -113,10 +114,10 @@ def _loaded(outcome: Outcome, name: str) -> tuple[Any, Any]:
     return outcome.result.models[name], transformers.AutoTokenizer.from_pretrained(outcome.exports[name])
 
 
-def key_of(settings: Settings, digest: str, name: str) -> str:
-    """What a stored row depends on: settings, data, and the method's file."""
+def key_of(settings: Settings, name: str) -> str:
+    """What a stored row depends on, but for the code: settings, data, and the method's file."""
     text = library.method_text(name) if name != BASELINE else ""
-    return hashlib.sha256(f"{settings.key()}/{digest}/{text}".encode()).hexdigest()[:16]
+    return hashlib.sha256(f"{settings.key()}/{text}".encode()).hexdigest()[:16]
 
 
 def made(settings: Settings, work: Path, name: str, seed: int) -> Made:
