@@ -37,6 +37,7 @@ MODELS: dict[str, dict[str, object]] = {
     "Qwen/Qwen2.5-0.5B": _qwen(24, 896, 14, 4864),
     "teacher": _bert(12, 768, 12, 3072, "BertForSequenceClassification"),
     "student": _bert(4, 312, 12, 1200, "BertForSequenceClassification"),
+    "small_teacher": _bert(6, 512, 8, 2048, "BertForSequenceClassification"),
     "student_mlm": _bert(4, 312, 12, 1200, "BertForMaskedLM"),
     "path/to/teacher": _bert(12, 768, 12, 3072, "BertForSequenceClassification"),
     "path/to/student": _bert(6, 768, 12, 3072, "BertForSequenceClassification"),
