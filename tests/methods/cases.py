@@ -54,6 +54,7 @@ _TWO = Models((4, 16, 4), (2, 16, 4), more=(("teacher", "u", (3, 16, 4)),))
 _CHAIN = Models((4, 16, 4), (2, 16, 4), more=(("model", "u", (3, 16, 4)),))
 _LABELS = "it compares with the labels"
 _MIXED = "a layer is compared with a mean of several"
+_SCALED = "the teacher's logits are scaled before the end"
 _HEADS = "the heads of the two sides differ"
 CASES: dict[str, Case] = {
     "alp_kd": Case(
@@ -63,25 +64,31 @@ CASES: dict[str, Case] = {
     ),
     "alp_kd_buckets": Case({"hard": _LABELS, "soft": ZERO, "attended": ZERO}, _EQUAL_WIDTH),
     "alp_kd_projected": Case({"hard": _LABELS, "soft": ZERO, "attended": _MIXED}),
-    "annealing_kd": Case({"annealed": "the teacher's logits are scaled before the end", "hard": _LABELS}),
+    "annealing_kd": Case({"annealed": _SCALED, "hard": _LABELS}),
     "ckd": Case(
         {"hard": _LABELS} | dict.fromkeys(("soft", "tokens", "layers", "token_angles", "layer_angles"), ZERO),
         args="alpha = 0.5",
         other={"alpha": "0.25"},
     ),
-    "continuation_kd": Case(
-        {"hard": _LABELS} | dict.fromkeys(("hinge", "whole"), "the teacher's logits are scaled before the end"),
-        args="margin = 0.1",
-    ),
+    "continuation_kd": Case({"hard": _LABELS, "hinge": _SCALED, "whole": _SCALED}, args="margin = 0.1"),
     "dgkd": Case(
         {"assistant_hard": _LABELS, "assistant_soft": ZERO, "hard": _LABELS, "soft": ZERO}, _CHAIN,
         call="[t, u] -> s", raised={"survival": "1.0"}, teaches=("u",),
     ),
-    "distilbert": Case(
-        {"soft": ZERO, "soft_all": ZERO, "mlm": _LABELS, "cos": ZERO},
-        _LANGUAGE,
+    "diito": Case(
+        {"mlm": _LABELS} | dict.fromkeys(("soft", "cos", "causal", "causal_detached", "causal_cos"), ZERO),
+        _LANGUAGE, other={"layers": "1"},
+        apart=dict.fromkeys(("parts", "order"), ("causal_weight = 0.0", "the source of a text is the next of its batch"))
+        | {"slope": ("causal_cos_weight = 1.0", "one term has a source without a gradient")},
     ),
+    "distilbert": Case({"soft": ZERO, "soft_all": ZERO, "mlm": _LABELS, "cos": ZERO}, _LANGUAGE),
     "kd": Case({"hard": _LABELS, "soft": ZERO}),
+    "lrc_bert": Case(
+        {"hard": _LABELS} | dict.fromkeys(("contrast_alone", "contrast"), "it compares with other texts")
+        | {"soft": "the student's embeddings are moved"},
+        without={"parts": "a text is compared with the others of its micro-batch"},
+        apart={"slope": ("radius = 0.0", "what the embeddings are moved by has no gradient")},
+    ),
     "mgskd": Case(
         dict.fromkeys(("token", "span", "drawn_span", "sample", "soft"), ZERO),
         args="heads = 8",
@@ -93,49 +100,58 @@ CASES: dict[str, Case] = {
     ),
     "minilm": Case({"attn": ZERO, "value": ZERO}),
     "minilmv2": Case({"q": ZERO, "k": ZERO, "v": ZERO}, args="heads = 8", other={"heads": "4"}),
+    "mobilebert": Case({"emb": ZERO, "feature": ZERO, "attention": ZERO, "mlm": _LABELS, "soft": STILL}, _LANGUAGE),
+    "mobilebert_task": Case({"hard": _LABELS}, Models(None), call="s", alone="it has no teacher"),
+    "mobilebert_teacher": Case(
+        {"mlm": _LABELS}, replace(_LANGUAGE, s=None), call="t", teaches=("t",), alone="it has no student",
+    ),
     "mt_bert": Case(
         {"teach": _LABELS, "hard": _LABELS, "soft": "the teachers speak through layers of their own",
          "hidden": ZERO, "student_side": ZERO},
         _TWO, call="[t, u] -> s", teaches=("t", "u"), warns=("W0704",),
-        without={"slope": "a teacher's weight for a text moves without a gradient where its head trains"},
+        apart={"slope": ("soft_weight = 0.0, student_side_weight = 1.0", "how much a teacher counts has no gradient")},
     ),
-    "mobilebert": Case(
-        {"emb": ZERO, "feature": ZERO, "attention": ZERO, "mlm": _LABELS, "soft": STILL},
-        Models((2, 16, 4), (2, 16, 4), "masked_lm"),
-    ),
-    "mobilebert_task": Case({"hard": _LABELS}, replace(_EQUAL_WIDTH, t=None), call="s"),
-    "mobilebert_teacher": Case({"mlm": _LABELS}, replace(_LANGUAGE, t=None), call="s"),
     "pd": Case({"soft": STILL, "hard": _LABELS}),
-    "pd_pretrain": Case({"lm": _LABELS}, replace(_LANGUAGE, t=None), call="s"),
+    "pd_pretrain": Case({"lm": _LABELS}, replace(_LANGUAGE, t=None), call="s", alone="it has no teacher"),
     "pkd": Case({"hard": _LABELS, "soft": ZERO, "patient": ZERO, "patient_last": ZERO}, _EQUAL_WIDTH),
     "rail_kd": Case(
         {"hard": _LABELS} | dict.fromkeys(("soft", "layers", "concat", "frozen"), ZERO)
         | dict.fromkeys(("anchor", "anchor_concat"), "it keeps the texts of a batch apart on the teacher's side"),
         args="u = 24", warns=("W0704",),
-        apart=dict.fromkeys(("parts", "order"), ("u = 24, concat_weight = 1.0, frozen_weight = 1.0, anchor_weight = 0.0", "an anchor compares neighbours in the micro-batch")),
+        apart=dict.fromkeys(
+            ("parts", "order"),
+            ("u = 24, concat_weight = 1.0, frozen_weight = 1.0, anchor_weight = 0.0",
+             "an anchor compares neighbours in the micro-batch"),
+        ),
     ),
     "rl_kd": Case(
         {"hard": _LABELS, "mean_of_all": ZERO, "soft": ZERO}, _TWO, call="[t, u] -> s",
         without=dict.fromkeys(("parts", "order"), "the teachers of a text are drawn by its place in a micro-batch"),
     ),
-    "sid": Case({"attn": ZERO, "cos": ZERO, "soft": STILL}, _EQUAL_WIDTH, raised={"threshold": None}, counts=({"k": 2}, {"k": 3})),
+    "sid": Case(
+        {"attn": ZERO, "cos": ZERO, "soft": STILL}, _EQUAL_WIDTH, raised={"threshold": None},
+        counts=({"k": 2}, {"k": 3}),
+    ),
     "takd": Case(
         {"assistant_hard": _LABELS, "assistant_soft": ZERO, "hard": _LABELS, "soft": ZERO}, _CHAIN,
         call="[t, u] -> s", teaches=("u",),
     ),
+    "theseus": Case({"hard": _LABELS, "own": _LABELS}, _EQUAL_WIDTH),
     "tinybert": Case(
         {"emb": ZERO, "attn": ZERO, "hid": ZERO, "emb_separate": ZERO, "hid_separate": ZERO, "soft": STILL},
     ),
     "tmkd": Case({"hard": _LABELS, "soft": ZERO, "one_head": ZERO}, _TWO, call="[t, u] -> s"),
     "uncertainty": Case(
         {"hard": _LABELS, "soft": ZERO, "selected": ZERO, "authors": ZERO}, _TWO, call="[t, u] -> s",
-        without={"slope": "the weights of the teachers move without a gradient",
-                 "parts": "a teacher is chosen by a rank in the micro-batch"},
+        apart={
+            "slope": ("soft_weight = 0.0, authors_weight = 1.0", "the weights of the teachers have no gradient"),
+            "parts": ("authors_weight = 1.0", "a teacher is chosen by a rank in the micro-batch"),
+        },
     ),
     "universal_kd": Case(
         {"hard": _LABELS, "soft": ZERO, "anchor": _LABELS, "anchor_pooled": _LABELS}
         | dict.fromkeys(("layers", "layers_joint", "layers_pooled"), _HEADS),
-        without={"slope": "what a layer is compared with moves without a gradient"},
+        apart={"slope": ("layer_weight = 0.0", "what a layer is compared with has no gradient")},
     ),
 }  # fmt: skip
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from cases import CASES
-from harness import CAUSAL, FAMILIES, Models, errors, methods, spec, use
+from cases import CASES, NAMES
+from harness import CAUSAL, FAMILIES, Models, errors, spec, use
 
 PAGE = Path(__file__).parents[2] / "docs" / "methods" / "families.md"
 UPDATE = bool(os.environ.get("GKD_UPDATE_FAMILIES"))
@@ -32,7 +32,7 @@ def answer(name: str, family: str) -> tuple[str, str]:
 
 def rows() -> list[tuple[str, str, tuple[str, str]]]:
     """(method, family, answer) for every method and family."""
-    return [(name, family, answer(name, family)) for name in list(methods()) for family in FAMILIES]
+    return [(name, family, answer(name, family)) for name in NAMES for family in FAMILIES]
 
 
 def page() -> str:
@@ -53,7 +53,7 @@ def page() -> str:
         "|---|---|" + "---|" * len(FAMILIES),
     ]
     refusals: dict[tuple[str, str], list[str]] = {}
-    for name in list(methods()):
+    for name in NAMES:
         cells = []
         for family in FAMILIES:
             code, said = answers[name, family]

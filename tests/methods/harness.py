@@ -69,10 +69,10 @@ Sizes = tuple[int, int, int]  # layers, width, heads
 
 @dataclass(frozen=True)
 class Models:
-    """The models of a spec: teacher `t` (where there is one), student `s`, and `more` by role and name."""
+    """The models of a spec: teacher `t`, student `s` (None: there is none), and `more` by role and name."""
 
     t: Sizes | None = (4, 24, HEADS)
-    s: Sizes = (2, 16, HEADS)
+    s: Sizes | None = (2, 16, HEADS)
     task: str = "classification"
     family: str = "bert"
     more: tuple[tuple[str, str, Sizes], ...] = ()
@@ -96,7 +96,7 @@ class Models:
 
     def twins(self) -> Models:
         """Every model of the sizes of `t`."""
-        if self.t is None:
+        if self.t is None or self.s is None:
             return self
         return replace(self, s=self.t, more=tuple((role, name, self.t) for role, name, _ in self.more))
 
@@ -116,7 +116,9 @@ def methods() -> dict[str, tuple[str, ast.MethodDecl]]:
 
 
 def losses_of(method: str) -> list[str]:
-    return [item.name.text for item in methods()[method][1].body if isinstance(item, ast.LossDecl)]
+    """The losses of a method by name; a function of a pass is none."""
+    body = methods()[method][1].body
+    return [item.name.text for item in body if isinstance(item, ast.LossDecl) and item.formals is None]
 
 
 def use(method: str, call: str, args: str = "", alias: str = "m") -> list[str]:

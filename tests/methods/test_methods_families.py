@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from cases import CASES, full_args
+from cases import CASES, NAMES, full_args
 from families import CAUSAL, FAMILIES, PAGE, UPDATE, answer, models_of, page
-from harness import Step, batch_of, close, made, methods, plans, spec, use
+from harness import Step, batch_of, close, made, plans, spec, use
 
-CELLS = [(name, family) for name in list(methods()) for family in FAMILIES]
+CELLS = [(name, family) for name in NAMES for family in FAMILIES]
 EACH = pytest.mark.parametrize(("name", "family"), CELLS)
 
 

@@ -1,17 +1,16 @@
 """Every method of the library has an entry in the table, and the table says nothing that is not so."""
 
 import pytest
-from cases import CASES, PROPERTIES, params_of, second_values
+from cases import CASES, NAMES, PROPERTIES, params_of, second_values
 from harness import FAMILIES, errors, losses_of, methods, plans, spec, use
 
-NAMES = list(methods())
 EACH = pytest.mark.parametrize("name", NAMES)
 
 
 def test_every_method_has_an_entry() -> None:
-    missing = sorted(set(NAMES) - set(CASES))
+    missing = sorted(set(methods()) - set(CASES))
     assert not missing, f"add an entry for {', '.join(missing)} to tests/methods/cases.py"
-    assert sorted(CASES) == sorted(NAMES)
+    assert sorted(CASES) == sorted(methods())
 
 
 @EACH

@@ -7,15 +7,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import CASES, full_args
-from harness import batch_of, methods, spec, spec_plan, use
+from cases import CASES, NAMES, full_args
+from harness import batch_of, spec, spec_plan, use
 
 from gkd_dsl.runtime.errors import Stopped
 from gkd_dsl.runtime.run_folder import RunFolder
 from gkd_dsl.runtime.stages import Run
 from gkd_dsl.schedules import Span
 
-EACH = pytest.mark.parametrize("name", list(methods()))
+EACH = pytest.mark.parametrize("name", NAMES)
 STEPS, BATCHES = 5, 2
 
 

@@ -6,17 +6,17 @@ from itertools import combinations
 
 import pytest
 import torch
-from cases import CASES, REFUSED
-from harness import Models, Step, batch_of, close, errors, made, methods, plans, spec, use
+from cases import CASES, NAMES, REFUSED
+from harness import Models, Step, batch_of, close, errors, made, plans, spec, use
 from hypothesis import Phase, given, note, settings
 from hypothesis import strategies as st
 
 WORLDS = tuple(
     Models(t, (2, 16, 4), task) for t in ((4, 16, 4), (2, 16, 4)) for task in ("classification", "masked_lm")
 )
-NAMES = [name for name in list(methods()) if not CASES[name].alone]
-SINGLE = [name for name in NAMES if CASES[name].call == "t -> s"]
-MANY = [name for name in NAMES if CASES[name].call != "t -> s"]
+TOGETHER = [name for name in NAMES if not CASES[name].alone]
+SINGLE = [name for name in TOGETHER if CASES[name].call == "t -> s"]
+MANY = [name for name in TOGETHER if CASES[name].call != "t -> s"]
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def test_three_to_five_methods_with_weights_that_change(data) -> None:
 
 def test_what_is_said_to_be_refused_is_a_pair_in_order() -> None:
     for pair, (code, why) in REFUSED.items():
-        assert set(pair) <= set(NAMES)
+        assert set(pair) <= set(TOGETHER)
         assert pair == tuple(sorted(pair)) or pair[1] in MANY
         assert code.startswith("E")
         assert len(why.split()) > 3

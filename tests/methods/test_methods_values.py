@@ -5,12 +5,11 @@ from functools import cache
 
 import pytest
 import torch
-from cases import CASES, INNER, STILL, ZERO, full_args
-from harness import Step, batch_of, close, made, methods, plans, spec, use
+from cases import CASES, INNER, NAMES, STILL, ZERO, full_args
+from harness import Step, batch_of, close, made, plans, spec, use
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-NAMES = list(methods())
 EACH = pytest.mark.parametrize("name", NAMES)
 # No shrinking: what is drawn is small.
 FEW = settings(max_examples=2, derandomize=True, database=None, phases=[Phase.generate])
