@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from gkd_dsl.runtime.model_card import model_card
 
-_OURS = "gkd_export.json"
+_OURS, _VOCABULARY = "gkd_export.json", "kept_vocabulary.json"
 
 
 class ExportError(Exception):
@@ -44,12 +44,14 @@ def export(
     pooling: Literal["mean", "cls"] | None = None,
     normalize: bool = False,
     max_length: int | None = None,
+    vocabulary: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write the student so that `AutoModel....from_pretrained(folder)` gives the same outputs.
 
     The folder is written beside its place and renamed into it, so it is there whole or not at all; an earlier
     export is replaced, any other folder that is not empty is refused. `card` is described at `model_card`.
-    `pooling` adds what sentence-transformers reads, with `normalize` and `max_length` for it.
+    `pooling` adds what sentence-transformers reads, with `normalize` and `max_length` for it. `vocabulary` is the map
+    of a student that keeps a part of its ids, written beside it.
 
     Raises ExportError: no space, no permission, a folder that is in the way, parameters that the class of the
     model does not have.
@@ -75,6 +77,8 @@ def export(
         (work / "README.md").write_text(text, encoding="utf-8")
         (work / "spec.gkd").write_text(spec_text, encoding="utf-8")
         _write_json(work / _OURS, {"version": 1, "card": _plain(card)})
+        if vocabulary is not None:
+            _write_json(work / _VOCABULARY, vocabulary)
         _settle(work)
         _swap(work, target)
     except OSError as error:

@@ -20,7 +20,8 @@ def model_card(card: Mapping[str, Any], spec_text: str, architecture: str, param
     """The text of a model card.
 
     `card` may hold: `name`; `spec` (the file's name); `teachers` and `student` (locations); `data` (sources);
-    `metrics` (name -> number, or -> {"before": number, "after": number}); `version`; `steps`; `date`.
+    `vocabulary` (what it keeps of it, in words); `metrics` (name -> number, or -> {"before": number, "after": number});
+    `version`; `steps`; `date`.
     What is missing is left out. `architecture` is the transformers class.
     """
     name = str(card.get("name") or "Distilled student")
@@ -38,7 +39,12 @@ def model_card(card: Mapping[str, Any], spec_text: str, architecture: str, param
     lines += [f"# {name}", "", f"A `{architecture}` of {parameters:,} parameters, distilled with gkd-dsl.", ""]
     facts = [("Specification", f"`{spec}`, below"), ("Teacher" if len(teachers) < 2 else "Teachers", _code(teachers))]
     facts += [("Student", _code([student] if student else [])), ("Data", _code(_listed(card.get("data"))))]
-    for key, title in (("steps", "Optimiser steps"), ("date", "Date"), ("version", "gkd-dsl")):
+    for key, title in (
+        ("vocabulary", "Vocabulary"),
+        ("steps", "Optimiser steps"),
+        ("date", "Date"),
+        ("version", "gkd-dsl"),
+    ):
         if card.get(key) is not None:
             facts.append((title, str(card[key])))
     lines += ["| | |", "|---|---|", *(f"| {title} | {text} |" for title, text in facts if text), ""]

@@ -22,6 +22,7 @@ from gkd_dsl.runtime.export import export
 from gkd_dsl.runtime.logs import evaluations
 from gkd_dsl.runtime.loop import Loader
 from gkd_dsl.runtime.models.load import load_tokenizer
+from gkd_dsl.runtime.models.vocabulary import expanded, saved_map
 from gkd_dsl.runtime.records import Listener
 from gkd_dsl.runtime.run_folder import RunFolder
 from gkd_dsl.runtime.stages import Run, RunResult
@@ -157,8 +158,11 @@ def export_model(
     info = checked.models[name].info
     loader = run.loader(last)
     roles = {node.name: node for stage in plan.stages for node in stage.models}
+    model = run.model(name)
+    kept = info.kept
     return export(
-        run.model(name),
+        # The rows of ids that were dropped are repeated, so that the folder goes with its tokenizer.
+        expanded(model),
         load_tokenizer(info),
         target,
         spec_text=resolved_text(checked),
@@ -169,12 +173,14 @@ def export_model(
             "student": info.location,
             "data": list(dict.fromkeys(s.stage.source.kind for s in plan.stages if s.stage.source is not None)),
             "metrics": dict(metrics or {}),
+            "vocabulary": f"{kept.count:,} of {kept.full:,} ids kept; the others repeat their rows" if kept else None,
             "version": version("gkd-dsl"),
             "date": date.today().isoformat(),
         },
         label_names=getattr(loader, "label_names", ()) if info.task == "classification" else (),
         pooling=_pooling(last, name),
         max_length=last.stage.max_length,
+        vocabulary=saved_map(model),
     )
 
 

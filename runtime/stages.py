@@ -136,8 +136,14 @@ class Run:
                 self._seeds[base] = self._seeds[name]
             if base is not None:
                 self.model(base)
-            self.models[name] = self.backend.place(load(info, models=self.models, seed=self._seeds[name]))
-            if base is not None:
+            kept = info.build.kept
+            if kept is not None and kept.like is not None and kept.like_info is not None:
+                self._infos.setdefault(kept.like, kept.like_info)
+                self._seeds.setdefault(kept.like, self._seeds[name])
+                self.model(kept.like)
+            made = load(info, models=self.models, seed=self._seeds[name], root=self.root)
+            self.models[name] = self.backend.place(made)
+            if base is not None or kept is not None:
                 self._changed.add(name)
         return self.models[name]
 

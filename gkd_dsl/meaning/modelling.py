@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from gkd_dsl.graph.nodes import AttrValue, ModelNode
+from gkd_dsl.graph.nodes import ModelNode
+from gkd_dsl.meaning import vocabulary
 from gkd_dsl.meaning.context import Context, replace, suggest
 from gkd_dsl.meaning.scope import Scope
 from gkd_dsl.meaning.values import UNKNOWN, Items, Model, Num, Numbers, Text, Unknown, Value, kind, plain
@@ -17,29 +18,34 @@ from gkd_dsl.syntax import ast
 from gkd_dsl.text import Span
 
 TASKS = ("encoder", "classification", "masked_lm", "causal_lm")
-_LATER = {"quantize": "a quantised model", "adapter": "a model with an adapter", "vocabulary": "a cut vocabulary"}
+_LATER = {"quantize": "a quantised model", "adapter": "a model with an adapter"}
+_SETTINGS = ("vocabulary", *_LATER)
 _CONSTRUCTORS = ("hf", "truncated", "with_head", "random_init")
 
 
 def declare(ctx: Context, scope: Scope, decl: ast.ModelDecl) -> Value:
     """A model as its config describes it, and its node."""
     info = _info(ctx, scope, decl.value)
-    settings = _block(ctx, scope, decl)
+    info = _block(ctx, scope, decl, info)
     if info is None:
         ctx.model_unknown = True
         return UNKNOWN
     name = f"{scope.prefix}{decl.name.text}"
-    node = ModelNode(f"model/{name}", name, decl.role, info, settings, locations=(ctx.location(scope, decl.name.span),))
+    node = ModelNode(f"model/{name}", name, decl.role, info, locations=(ctx.location(scope, decl.name.span),))
     ctx.builder.add(node)
     model = Model(name, info, decl.role, f"{name}/forward", decl.name.span)
     ctx.models[name] = model
     return model
 
 
-def _block(ctx: Context, scope: Scope, decl: ast.ModelDecl) -> tuple[tuple[str, AttrValue], ...]:
+def _block(ctx: Context, scope: Scope, decl: ast.ModelDecl, info: ModelInfo | None) -> ModelInfo | None:
+    """The model with the settings of its block; None where there is none, or something was reported."""
     for stmt in decl.body:
         if not isinstance(stmt, ast.Setting):
             continue  # The parser said so.
+        if stmt.name.text == "vocabulary":
+            info = vocabulary.keeping(ctx, scope, info, stmt.value) if info is not None else None
+            continue
         if stmt.name.text in _LATER:
             if isinstance(stmt.value, ast.Call):
                 for arg in stmt.value.args:
@@ -48,12 +54,13 @@ def _block(ctx: Context, scope: Scope, decl: ast.ModelDecl) -> tuple[tuple[str, 
                         ctx.evaluate(scope, arg.value)
             ctx.not_yet(scope, _LATER[stmt.name.text], stmt.span)
             continue
-        label, near = suggest(stmt.name.text, _LATER)
+        label, near = suggest(stmt.name.text, _SETTINGS)
         ctx.error(
             scope, "E0408", f"a model has no setting `{stmt.name.text}`", stmt.name.span, label,
-            notes=[f"its settings: {', '.join(_LATER)}"], fix=replace(stmt.name.span, near) if near else None,
+            notes=[f"its settings: {', '.join(_SETTINGS)}"], fix=replace(stmt.name.span, near) if near else None,
         )  # fmt: skip
-    return ()
+        info = None
+    return info
 
 
 def _info(ctx: Context, scope: Scope, expr: ast.Expr) -> ModelInfo | None:

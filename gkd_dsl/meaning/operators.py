@@ -8,7 +8,7 @@ from typing import cast
 from gkd_dsl import schedules
 from gkd_dsl.diagnostics import Note
 from gkd_dsl.graph.nodes import AttrValue, LossNode, MetricNode, OpNode
-from gkd_dsl.meaning import counting, mismatch, paths
+from gkd_dsl.meaning import counting, mismatch, paths, vocabulary
 from gkd_dsl.meaning.context import Context, replace, suggest
 from gkd_dsl.meaning.scope import Scope
 from gkd_dsl.meaning.values import (
@@ -24,6 +24,7 @@ from gkd_dsl.meaning.values import (
     TapPart,
     Tensor,
     Term,
+    Text,
     Unknown,
     Value,
     as_schedule,
@@ -86,6 +87,7 @@ def call(ctx: Context, scope: Scope, spec: registry.OpSpec, expr: ast.Call) -> V
             written[arg.name.text] = arg.value
     if bad:
         return UNKNOWN
+    kept = _takes_kept(spec, keywords)
     if spec.kind == "metric" or spec.kind == "loss":
         hint = _two_sides(ctx, scope, spec, positional, expr)
         if hint:
@@ -117,7 +119,17 @@ def call(ctx: Context, scope: Scope, spec: registry.OpSpec, expr: ast.Call) -> V
             if isinstance(plain_value, schedules.Span):
                 return mismatch.unit(ctx, scope, name, spec, value, where)
             values[name] = cast(AttrValue, plain_value)
-    return _apply(ctx, scope, spec, tensors, values, expr, written, cast("Tensor | None", mask), losses)
+    return _apply(ctx, scope, spec, tensors, values, expr, written, cast("Tensor | None", mask), losses, kept)
+
+
+def _takes_kept(spec: registry.OpSpec, keywords: dict[str, Value]) -> bool:
+    """Whether the sides are compared over the ids that one of them keeps: `align = "kept"`, of any loss over a pair."""
+    align = keywords.get("align")
+    if not isinstance(align, Text) or ("student", "teacher") not in registry.pair_slots(spec):
+        return False
+    if align.value == "kept" or (align.value == "exact" and not registry.has_argument(spec, "align")):
+        del keywords["align"]
+    return align.value == "kept"
 
 
 def _is_plain(value: Value) -> bool:
@@ -271,8 +283,13 @@ def _apply(
     written: dict[str, ast.Expr],
     mask: Tensor | None,
     losses: dict[str, Atom],
+    kept: bool = False,
 ) -> Value:
     _fit_labels(ctx, scope, tensors)
+    if kept and not vocabulary.aligned(ctx, scope, tensors, expr):
+        return UNKNOWN
+    if vocabulary.mixed(ctx, scope, tensors, values.get("align") == "trim", expr):
+        return UNKNOWN
     shifts = spec.next_token and any(tensor.next_token for tensor in tensors.values())
     causal = any(tensor.causal for tensor in tensors.values())
     if causal and registry.has_argument(spec, "causal") and "causal" not in values:
@@ -302,6 +319,10 @@ def _apply(
             return UNKNOWN
         if valid is not None:
             inputs["valid"] = valid.key
+    # What counts is read from the labels as they are; what is compared are rows.
+    inputs["labels"] = vocabulary.labels(ctx, scope, tensors, expr) or inputs.get("labels", "")
+    if not inputs["labels"]:
+        del inputs["labels"]
     if spec.kind == "metric":
         return _metric_inputs(ctx, scope, spec, result, inputs, expr)
     assert result.type is not None

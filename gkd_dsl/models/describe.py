@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
 from gkd_dsl.models.errors import ModelError, near_misses
 from gkd_dsl.models.families import FAMILIES, Family
-from gkd_dsl.models.info import Build, ModelInfo, Task
+from gkd_dsl.models.info import Build, Kept, ModelInfo, Task
 from gkd_dsl.models.locate import locate, read_config
 from gkd_dsl.models.tokenizer import read_vocabulary
 
@@ -146,13 +147,41 @@ def random_init(
     if base.formal:
         build = Build("random", None, overrides=_as_items(overrides, num_labels))
         return ModelInfo(base.location, None, None, base.architecture, task or base.task, (), (), build, formal=True)
-    config = _apply(base.config, overrides or {}, base.location)
+    # Random weights have no vocabulary that was cut.
+    known = {**base.config, "vocab_size": base.kept.full} if base.kept is not None else base.config
+    config = _apply(known, overrides or {}, base.location)
     merged = {**dict(base.build.overrides), **(overrides or {})}
     build = Build("random", base.path, overrides=_as_items(merged, num_labels))
     if num_labels is None and task in (None, "classification") and base.task == "classification":
         num_labels = base.size("C")
     wanted = task or ("classification" if num_labels is not None else base.task)
     return _info(base.location, Path(base.path) if base.path else None, config, build, wanted, num_labels)
+
+
+def keeping(info: ModelInfo, kept: Kept) -> ModelInfo:
+    """The model with a part of its vocabulary: V is how many ids it keeps.
+
+    Raises ModelError for more ids than there are, or a model that keeps a part already.
+    """
+    if info.kept is not None:
+        raise ModelError(f'"{info.location}" keeps a part of its vocabulary already')
+    full = info.size("V")
+    if full is not None and not 1 <= kept.count <= full:
+        raise ModelError(f"{kept.count} ids are not a part of {full}", f"from 1 to {full}")
+    sizes = tuple((name, kept.count if name == "V" else size) for name, size in info.sizes)
+    fields = tuple((name, f"{source}, kept" if name == "V" else source) for name, source in info.size_fields)
+    config = {**info.config, "vocab_size": kept.count}
+    return replace(info, sizes=sizes, size_fields=fields, build=replace(info.build, kept=kept), config=config)
+
+
+def whole(info: ModelInfo) -> ModelInfo:
+    """The model before its vocabulary is cut."""
+    kept = info.build.kept
+    if kept is None:
+        return info
+    sizes = tuple((name, kept.full if name == "V" else size) for name, size in info.sizes)
+    config = {**info.config, "vocab_size": kept.full}
+    return replace(info, sizes=sizes, build=replace(info.build, kept=None), config=config)
 
 
 def formal(name: str, *, task: Task = "classification") -> ModelInfo:

@@ -21,13 +21,34 @@ class Vocabulary:
 
 
 @dataclass(frozen=True)
+class Kept:
+    """The part of a vocabulary that a model keeps.
+
+    count       how many ids, of `full`: special tokens, those that `words` are made of, then the most frequent
+    source      the data source whose tokens are counted: its name, kind and arguments
+    similarity  how a dropped id finds the kept one that stands for it, by the embeddings of the model called `like`
+                (by the model's own where it is None); `like_info` is what is known of it
+    """
+
+    count: int
+    full: int
+    source: str
+    kind: str
+    args: tuple[tuple[str, Any], ...]
+    words: tuple[str, ...] = ()
+    similarity: Literal["inner", "cosine"] = "inner"
+    like: str | None = None
+    like_info: ModelInfo | None = None
+
+
+@dataclass(frozen=True)
 class Build:
     """How the runtime makes the model.
 
     `kind`: `hf` loads the weights at `path`; `truncated` copies `base` (another model of the spec)
     with only the blocks of `layers`; `headed` copies its body and puts a new head on; `random` makes it from the
     config with random weights. `overrides` are config fields that differ from the file's. `origin` is what is known
-    of `base`.
+    of `base`. With `kept` the model made so is then cut to a part of its vocabulary.
     """
 
     kind: Literal["hf", "truncated", "headed", "random"]
@@ -36,6 +57,7 @@ class Build:
     layers: tuple[int, ...] | None = None
     overrides: tuple[tuple[str, Any], ...] = ()
     origin: ModelInfo | None = None
+    kept: Kept | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +98,13 @@ class ModelInfo:
         source = dict(self.size_fields).get(name)
         origin = f'config `{source}` of "{self.location}"' if source else None
         return Dim(f"{model}.{name}", size, origin)
+
+    @property
+    def kept(self) -> Kept | None:
+        """The part of the vocabulary that it keeps, itself or by what its weights are copied from."""
+        if self.build.kept is not None or self.build.origin is None:
+            return self.build.kept
+        return self.build.origin.kept
 
     @property
     def causal(self) -> bool:

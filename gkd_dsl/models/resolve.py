@@ -395,6 +395,10 @@ def _relative(info: ModelInfo, family: Family, name: str) -> str:
 
 def _weight_type(info: ModelInfo, model: str, name: str) -> tuple[TensorType, str | None]:
     family = FAMILIES.get(info.family or "")
+    if info.kept is not None and name in ("id_map", "kept_ids"):
+        # Of a model that keeps a part of its vocabulary: the row of each id, the id of each row.
+        axis = info.dim("V", model) if name == "kept_ids" else Dim(f"{model}.ids", info.kept.full)
+        return TensorType("int", (axis,)), None
     if family is not None and _relative(info, family, name) == family.words:
         features = "H" if info.size("E") is None else "E"
         return TensorType("float", (info.dim("V", model), info.dim(features, model))), None

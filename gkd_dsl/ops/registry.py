@@ -22,6 +22,7 @@ def _table() -> dict[str, OpSpec]:
         relations,
         segments,
         tensors,
+        vocabulary,
     )
 
     table: dict[str, OpSpec] = {}
@@ -35,6 +36,7 @@ def _table() -> dict[str, OpSpec]:
         layers,
         segments,
         interventions,
+        vocabulary,
         masks,
         metrics,
     ):

@@ -15,10 +15,11 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
-from gkd_dsl.models.describe import describe
+from gkd_dsl.models.describe import describe, whole
 from gkd_dsl.models.errors import ModelError
 from gkd_dsl.models.families import FAMILIES
 from gkd_dsl.models.info import ModelInfo, Task
+from gkd_dsl.runtime.models import vocabulary
 
 log = logging.getLogger("gkd_dsl")
 
@@ -72,14 +73,16 @@ def load(
     device: str | torch.device = "cpu",
     models: Mapping[str, PreTrainedModel] | None = None,
     seed: int = 0,
+    root: Path | None = None,
 ) -> PreTrainedModel:
     """The model, in eval mode, in `dtype` (float32 unless given) on `device`; what is new in it is logged.
 
-    `models` holds the models of the spec made so far (the base of a truncated one). `seed` gives new weights.
+    `models` holds the models of the spec made so far (the base of a truncated one, and one whose embeddings say
+    which ids are alike). `seed` gives new weights; `root` is where the paths of a counted source start.
 
     Raises ModelError.
     """
-    model, report = load_with_report(info, dtype=dtype, device=device, models=models, seed=seed)
+    model, report = load_with_report(info, dtype=dtype, device=device, models=models, seed=seed, root=root)
     if str(report):
         log.log(logging.INFO if report.all_new else logging.WARNING, "%s", report)
     return model
@@ -92,8 +95,14 @@ def load_with_report(
     device: str | torch.device = "cpu",
     models: Mapping[str, PreTrainedModel] | None = None,
     seed: int = 0,
+    root: Path | None = None,
 ) -> tuple[PreTrainedModel, LoadReport]:
     """As `load`, with the report instead of a log line."""
+    if info.build.kept is not None:
+        model, report = load_with_report(whole(info), models=models, seed=seed)
+        cut_down = _cut(info, model, models or {}, root or Path.cwd())
+        _cast(cut_down, dtype or torch.float32)
+        return cut_down.to(device).eval(), report  # type: ignore[arg-type]
     with _quiet(), _seeded(seed):
         if info.formal:
             raise ModelError(f"{info.location} is the model of a method: it has no weights")
@@ -116,10 +125,17 @@ def build(info: ModelInfo) -> PreTrainedModel:
     Raises ModelError for a config that its class refuses.
     """
     config = config_of(info)
+    padding = config.pad_token_id
+    if info.kept is not None and padding is not None and padding >= config.vocab_size:
+        # Ids stay those of the whole vocabulary; here one would be a row that does not exist.
+        config.pad_token_id = None
     try:
         if info.family is None:
-            return getattr(transformers, _AUTO[info.task]).from_config(config)
-        return getattr(transformers, info.architecture)(config)
+            model = getattr(transformers, _AUTO[info.task]).from_config(config)
+        else:
+            model = getattr(transformers, info.architecture)(config)
+        model.config.pad_token_id = padding
+        return model
     except (ValueError, TypeError, KeyError) as error:
         raise ModelError(f'"{info.location}" cannot be built: {_first_line(error)}') from None
 
@@ -227,9 +243,27 @@ def _copied(info: ModelInfo, models: Mapping[str, PreTrainedModel]) -> tuple[Pre
             else:
                 new.append(name)
     model.tie_weights()
+    found = vocabulary.attached(base)
+    if found is not None:
+        vocabulary.attach(model, found)
     owned = {name for name, _ in model.named_parameters()}
     made = f"{'with_head' if info.build.kind == 'headed' else 'truncated'}({info.build.base})"
     return model, LoadReport(made, new=tuple(name for name in new if name in owned))
+
+
+def _cut(info: ModelInfo, model: PreTrainedModel, models: Mapping[str, PreTrainedModel], root: Path) -> PreTrainedModel:
+    """The model with the part of its vocabulary that it keeps."""
+    kept = info.build.kept
+    assert kept is not None
+    like = model if kept.like is None else models.get(kept.like)
+    if like is None:
+        raise ModelError(f"{kept.like} says which ids are alike, and is not loaded")
+    embeddings = like.get_input_embeddings().weight
+    if embeddings.shape[0] != kept.full:
+        raise ModelError(f"{kept.like} has {embeddings.shape[0]} embeddings, and {info.location} {kept.full}")
+    compact = vocabulary.cut(model, build(info), vocabulary.id_map(kept, load_tokenizer(info), embeddings, root))
+    compact.config.pad_token_id = model.config.pad_token_id
+    return compact
 
 
 def _renumbered(name: str, blocks: str, layers: tuple[int, ...]) -> str:

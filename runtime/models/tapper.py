@@ -205,6 +205,10 @@ class Tapper:
 
     def _weight(self, path: TapPath) -> Tensor:
         name = path.name or ""
+        if name in ("id_map", "kept_ids"):
+            found = getattr(self.model.get_input_embeddings(), name, None)
+            if found is not None:
+                return found
         for root in (self.model, self.base):
             try:
                 return root.get_parameter(name)

@@ -40,6 +40,7 @@ def functions() -> dict[str, Operator]:
         relations,
         segments,
         tensors,
+        vocabulary,
     )
 
     # Importing the modules is what fills the table.
@@ -57,6 +58,7 @@ def functions() -> dict[str, Operator]:
             relations,
             segments,
             tensors,
+            vocabulary,
         )
     )
     return dict(_FUNCTIONS)
