@@ -93,4 +93,18 @@ OPS: tuple[OpSpec, ...] = (
         masked=True,
         carries_dims=True,
     ),
+    OpSpec(
+        "sample_relation_kl",
+        "loss",
+        (
+            "sample_relation_kl(student: Float[B, H] <- teacher: Float[B, K], "
+            "temperature: schedule = 1.0 in 0.01 ..= 1000.0) -> Loss[B]",
+        ),
+        "Divergence of the relations of a sample with the others of the micro-batch, softmax of cosines; widths may "
+        "differ, and a sample alone has none.",
+        "sum_b p_b (log p_b - log q_b), p = softmax_(b != a)(cos(t_a, t_b) / T), q the student's",
+        positions="one sample",
+        masked=True,
+        carries_dims=True,
+    ),
 )

@@ -104,3 +104,19 @@ def _log_rows(x: Tensor, temperature: float, mask: Tensor | None) -> Tensor:
     if mask is not None:
         scaled = torch.where(mask, scaled, scaled.new_full((), torch.finfo(scaled.dtype).min))
     return F.log_softmax(scaled, dim=-1)
+
+
+@function("sample_relation_kl")
+def sample_relation_kl(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    valid: Tensor | None = None,
+    temperature: float = 1.0,
+    dims: Sequence[str] | None = None,
+) -> Tensor:
+    """KL of the rows of cosines between the samples of a micro-batch, without a row's own: [B, H], [B, K] -> [B]."""
+    mask = mask_for(student.shape[:1], dims, valid, False, student.device)
+    rows = None if mask is None else mask.expand(student.shape[:1]).unsqueeze(0)
+    maps = (cosine_relation(x.unsqueeze(0), valid=rows) for x in (student, teacher))
+    return relation_kl(*maps, valid=rows, temperature=temperature).squeeze(0)

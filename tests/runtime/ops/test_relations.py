@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gkd_dsl.runtime.ops.reduce import reduce_loss
-from gkd_dsl.runtime.ops.relations import cosine_relation, layer_relation, relation_kl
+from gkd_dsl.runtime.ops.relations import cosine_relation, layer_relation, relation_kl, sample_relation_kl
 
 VALID = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 0, 0, 0], [1, 0, 0, 0, 0]]).bool()
 
@@ -180,3 +180,24 @@ def test_half_precision_and_extreme_lengths_are_finite(dtype, scale) -> None:
     assert value.dtype in (torch.float32, torch.float64)
     assert torch.isfinite(value).all()
     assert torch.isfinite(x.grad).all()
+
+
+@given(batch=st.integers(1, 5), seed=st.integers(0, 999))
+@settings(max_examples=20, deadline=None)
+def test_samples_equal_the_loops(batch, seed) -> None:
+    s, t = draw(batch, 3, seed=seed), draw(batch, 5, seed=seed + 1)
+    rows = torch.rand(batch, generator=torch.Generator().manual_seed(seed)) > 0.2
+    maps = [F.cosine_similarity(x[:, None], x[None], dim=-1)[None] for x in (s, t)]
+    wanted = by_hand(*maps, rows[None], 2.0)[0]
+    found = sample_relation_kl(s, t, valid=rows, temperature=2.0)
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
+    order = torch.randperm(batch, generator=torch.Generator().manual_seed(seed))
+    torch.testing.assert_close(sample_relation_kl(s[order], t[order], valid=rows[order], temperature=2.0), found[order])
+
+
+def test_gradients_of_samples() -> None:
+    s, t = draw(4, 3).requires_grad_(), draw(4, 5, seed=1).requires_grad_()
+    torch.autograd.gradcheck(sample_relation_kl, (s, t))
+    alone = s[:1].detach().requires_grad_()
+    sample_relation_kl(alone, t[:1]).sum().backward()
+    assert alone.grad.abs().max() == 0
