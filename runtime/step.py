@@ -22,7 +22,7 @@ from gkd_dsl.runtime.models.load import part_parameters
 from gkd_dsl.runtime.models.tapper import Tapper
 from gkd_dsl.runtime.ops.reduce import count_positions, reduce_loss
 from gkd_dsl.runtime.policy import Policies, Policy, make_policies
-from gkd_dsl.runtime.program import Env, Program, ShapeCheck, batch_keys, with_token_types
+from gkd_dsl.runtime.program import Env, Program, ShapeCheck, batch_keys
 from gkd_dsl.runtime.teachers import LiveTeachers, TeacherSource, run_taps
 from gkd_dsl.schedules import Clock
 from gkd_dsl.types import Dim
@@ -93,7 +93,8 @@ class StepModule(nn.Module):
     ) -> None:
         super().__init__()
         self.plan = plan
-        made = policies if policies is not None else make_policies(plan.policies, torch.device("cpu"))
+        device = next((parameter.device for model in models.values() for parameter in model.parameters()), None)
+        made = policies if policies is not None else make_policies(plan.policies, device or torch.device("cpu"))
         self.policies = Policies(plan.policies, made)
         blocks = dict(projections) if projections is not None else dict(make_projections(plan.projections))
         self.trained = tuple(
@@ -246,7 +247,6 @@ class StepModule(nn.Module):
         return before
 
     def _environment(self, batch: Batch) -> Env:
-        batch = with_token_types(batch, self.plan.columns)
         missing = [column for column in self.plan.columns if column not in batch]
         if missing:
             raise RunError(
