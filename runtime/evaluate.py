@@ -18,7 +18,7 @@ from gkd_dsl.runtime import metrics
 from gkd_dsl.runtime.models.interventions import at_clock, edits
 from gkd_dsl.runtime.models.tapper import Tapper
 from gkd_dsl.runtime.policy import Policies, Policy
-from gkd_dsl.runtime.program import Env, Program, batch_keys, plain, with_token_types
+from gkd_dsl.runtime.program import Env, Program, batch_keys, plain
 from gkd_dsl.runtime.step import Batch
 from gkd_dsl.runtime.teachers import run_taps
 from gkd_dsl.schedules import Clock
@@ -44,7 +44,6 @@ class Evaluator:
         projections: Mapping[str, nn.Module],
         policies: Mapping[str, Policy] | None = None,
     ) -> None:
-        self._columns = plan.columns
         self._plans = {item.metric.name: item for item in plan.metrics}
         run = [forward for item in plan.metrics for forward in item.forwards]
         lent = {c.model for forward in run for c in forward.changes if isinstance(c, ReplaceBlock)}
@@ -95,7 +94,7 @@ class Evaluator:
                 taps[key] = run_taps(self._tappers[planned.model], planned, batch, env, edits(planned, env, self._lend))
             env.update(taps[key])
 
-        shared = batch_keys(with_token_types(batch, self._columns))
+        shared = batch_keys(batch)
         self._valid.run(shared, clock, forward)
         for item in plans:
             env = dict(shared)

@@ -205,13 +205,6 @@ def _axis(dim: Dim, size: int | None) -> str:
     return f"{dim.name} = {size}" if dim.name else str(size)
 
 
-def with_token_types(batch: Mapping[str, Tensor], columns: Collection[str]) -> Mapping[str, Tensor]:
-    """A batch with token types, all 0, where they are read and the tokenizer gives none: models take them so."""
-    if "token_type_ids" not in columns or "token_type_ids" in batch or "input_ids" not in batch:
-        return batch
-    return {**batch, "token_type_ids": torch.zeros_like(batch["input_ids"])}
-
-
 def batch_keys(batch: Mapping[str, Tensor]) -> Env:
     """The columns of a batch under their keys in the environment."""
     return {f"batch/{column}": value for column, value in batch.items()}

@@ -42,6 +42,9 @@ def run_taps(
 
     `env` holds the tensors that the forward takes in place of columns of the batch.
     """
+    if forward.shift:
+        # All that the model may read of a text: its token types and positions too.
+        inputs = {column: torch.roll(value, -forward.shift, 0) for column, value in inputs.items()}
     inputs = {**inputs, **{column: env[key] for column, key in forward.inputs}}
     context: AbstractContextManager[None] = nullcontext() if forward.grad else torch.no_grad()
     with context:

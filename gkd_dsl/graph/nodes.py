@@ -109,6 +109,7 @@ class ForwardNode(GraphNode):
     """One forward of a model on one input. With `grad` False it runs under no_grad, in eval mode.
 
     `changes` are applied in their order. A forward with `discard` keeps its gradient for `gradient(...)` only.
+    With `shift`, row b of its texts is that of sample b + shift, and so is every column of the batch that it reads.
     """
 
     model: str
@@ -116,6 +117,7 @@ class ForwardNode(GraphNode):
     grad: bool = True
     changes: tuple[Change, ...] = ()
     discard: bool = False
+    shift: int = 0
 
 
 @dataclass(frozen=True)

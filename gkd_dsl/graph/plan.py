@@ -25,7 +25,8 @@ class ForwardPlan:
     """One forward. `stop_after` is the tap after which nothing more is needed (None: run it whole).
 
     `inputs` pairs a column with the key of the environment that stands in for the batch's, `values` the slots of
-    `changes` with keys. With `discard` its gradient is for operators named `gradient` alone.
+    `changes` with keys. With `discard` its gradient is for operators named `gradient` alone. With `shift` all
+    columns that it reads have the rows of other samples.
     """
 
     key: str
@@ -37,6 +38,7 @@ class ForwardPlan:
     changes: tuple[Change, ...] = ()
     values: tuple[tuple[str, str], ...] = ()
     discard: bool = False
+    shift: int = 0
 
     @property
     def reads(self) -> tuple[str, ...]:

@@ -29,7 +29,7 @@ from gkd_dsl.syntax import ast
 from gkd_dsl.types import BATCH, LENGTH, TensorType
 
 _SETTINGS = {"grad": ("keep", "discard")}
-_COLUMNS = ("input_ids", "attention_mask", "token_type_ids")
+_COLUMNS = ("input_ids", "attention_mask")
 _ALIKE = {"H": "width", "A": "heads", "KV": "key heads", "D": "width of a head"}
 _ROTARY = ("rope_theta", "rope_parameters", "rope_scaling")
 
@@ -79,7 +79,7 @@ def declare(ctx: Context, scope: Scope, decl: ast.Pass) -> Value:
         good = _change(ctx, scope, made, change) and good
     if not good:
         return UNKNOWN
-    columns = tuple(_rolled_column(ctx, scope, base, column, shift, decl.value) for column in _columns(base, shift))
+    columns = tuple(_rolled_column(ctx, scope, column, shift, decl.value) for column in _COLUMNS if shift)
     # A teacher draws nothing, so that equal passes of it are one; a student's dropout is drawn for each.
     inputs = f"{scope.prefix}{decl.name.text}"
     if base.role == "teacher":
@@ -94,6 +94,7 @@ def declare(ctx: Context, scope: Scope, decl: ast.Pass) -> Value:
         tuple(made.replaced.items()),
         made.carries,
         made.reads,
+        shift,
     )
     return Model(
         base.name, base.info, base.role, f"{scope.prefix}{decl.name.text}/forward", decl.name.span, passed=passed
@@ -117,13 +118,7 @@ def _texts(ctx: Context, scope: Scope, call: ast.Call) -> int | None:
     return None
 
 
-def _columns(base: Model, shift: int) -> tuple[str, ...]:
-    if not shift:
-        return ()
-    return _COLUMNS if (base.info.config.get("type_vocab_size") or 0) > 1 else _COLUMNS[:2]
-
-
-def _rolled_column(ctx: Context, scope: Scope, base: Model, column: str, shift: int, expr: ast.Expr) -> tuple[str, str]:
+def _rolled_column(ctx: Context, scope: Scope, column: str, shift: int, expr: ast.Expr) -> tuple[str, str]:
     key = paths.column_node(ctx, column)
     tokens = frozenset({paths.column_node(ctx, "attention_mask")})
     node = ctx.builder.node(key)

@@ -236,7 +236,16 @@ def forward(ctx: Context, scope: Scope, model: Model, span: Span) -> None:
     passed = model.passed or Passed("", "batch")
     place = ctx.location(scope, model.defined if model.passed is not None and model.defined is not None else span)
     ctx.builder.add(
-        ForwardNode(model.forward, model.name, passed.inputs, True, passed.changes, passed.discard, locations=(place,))
+        ForwardNode(
+            model.forward,
+            model.name,
+            passed.inputs,
+            True,
+            passed.changes,
+            passed.discard,
+            passed.shift,
+            locations=(place,),
+        )
     )
     ctx.builder.connect(f"model/{model.name}", model.forward, "model")
     given = {column: column_node(ctx, column) for column in _INPUTS} | dict(passed.columns)

@@ -99,7 +99,7 @@ class Passed:
     """What a further pass does.
 
     inputs    which texts it reads, and in a student whose dropout: passes of equal inputs are one
-    columns   the tensors that stand in for columns of the batch
+    columns   the tensors that stand in for columns of the batch, whose rows are moved by `shift`
     edges     what its changes read: keys of the graph with their slots
     discard   whether its gradient is for `gradient(...)` alone
     replaced  blocks that another model may stand in for, with its name
@@ -115,6 +115,7 @@ class Passed:
     replaced: tuple[tuple[int, str], ...] = ()
     carries: frozenset[str] = frozenset()
     reads: frozenset[str] = frozenset()
+    shift: int = 0
 
 
 @dataclass(frozen=True)

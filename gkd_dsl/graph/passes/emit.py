@@ -166,6 +166,7 @@ def _forwards(graph: nx.MultiDiGraph, optimise: bool) -> tuple[ForwardPlan, ...]
             forwards_pass.stop_after(graph, node.key) if optimise else None,
             *_given(graph, node),
             node.discard,
+            node.shift,
         )
         for node in nodes(graph, ForwardNode)
     )
