@@ -86,7 +86,10 @@ CASES: dict[str, Case] = {
     "lrc_bert": Case(
         {"hard": _LABELS} | dict.fromkeys(("contrast_alone", "contrast"), "it compares with other texts")
         | {"soft": "the student's embeddings are moved"},
-        without={"parts": "a text is compared with the others of its micro-batch"},
+        without={
+            "parts": "a text is compared with the others of its micro-batch",
+            "left": "texts are compared at one place, counted from the left",
+        },
         apart={"slope": ("radius = 0.0", "what the embeddings are moved by has no gradient")},
     ),
     "mgskd": Case(
