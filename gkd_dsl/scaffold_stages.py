@@ -29,7 +29,8 @@ def written_out(name: str, bound: Mapping[str, Sequence[str]], ends: Sequence[st
     words = _words(method, bound) | {param: param for param in readers(name)[1]}
     lines: list[str] = []
     for place, stage in enumerate(stages):
-        if stage.each is not None or stage.duration is None:
+        length = _length(method, stage)
+        if stage.each is not None or length is None:
             return None
         body = []
         for stmt in stage.body:
@@ -41,11 +42,19 @@ def written_out(name: str, bound: Mapping[str, Sequence[str]], ends: Sequence[st
             body += ends
         lines += [
             "",
-            f"stage {stage.name.text} for {stage.duration.span.text} {{",
+            f"stage {stage.name.text} for {length} {{",
             *(f"  {line}" for line in body),
             "}",
         ]
     return lines[1:] if lines else None
+
+
+def _length(method: ast.MethodDecl, stage: ast.Stage) -> str | None:
+    """How long a stage lasts, as written there or as the default of the parameter that says so."""
+    if not isinstance(stage.duration, ast.Name):
+        return stage.duration.span.text if stage.duration is not None else None
+    named = stage.duration.id
+    return next((f.default.span.text for f in method.formals if f.name.text == named and f.default is not None), None)
 
 
 def readers(name: str) -> tuple[set[str], set[str]]:

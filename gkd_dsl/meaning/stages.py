@@ -161,16 +161,20 @@ def _duration(ctx: Context, scope: Scope, decl: ast.Stage) -> schedules.Span | N
             f"write `stage {decl.name.text} for 3 epochs`",
         )  # fmt: skip
         return None
-    if decl.duration.unit == "percent":
+    value = ctx.evaluate(scope, decl.duration)
+    if isinstance(value, Unknown):
+        return None
+    if not isinstance(value, Length) or value.span.unit == "percent":
+        hint = "of what?" if isinstance(value, Length) else "a duration such as `3 epochs`, or the name of one"
         ctx.error(
-            scope, "E0401", "a stage lasts for steps, epochs or tokens, and this is a percentage", decl.duration.span,
-            "of what?",
+            scope, "E0401", f"a stage lasts for steps, epochs or tokens, and this is {kind(value)}", decl.duration.span,
+            hint,
         )  # fmt: skip
         return None
-    if decl.duration.value <= 0:
+    if value.span.amount <= 0:
         ctx.error(scope, "E0403", "a stage lasts for more than nothing", decl.duration.span)
         return None
-    return schedules.Span(decl.duration.value, decl.duration.unit)
+    return value.span
 
 
 def _objective(ctx: Context, scope: Scope, decl: ast.Stage, name: str) -> Loss | None:

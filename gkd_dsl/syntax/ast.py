@@ -388,11 +388,11 @@ class Run(Node):
 
 @dataclass(frozen=True, eq=False)
 class Stage(Node):
-    """`stage name [i] for duration each i in range { ... }`."""
+    """`stage name [i] for duration each i in range { ... }`; a name stands for a duration that is declared."""
 
     name: Ident
     index: Ident | None
-    duration: Duration | None
+    duration: Duration | Name | None
     each: tuple[Ident, Expr] | None
     body: tuple[Stmt, ...]
 

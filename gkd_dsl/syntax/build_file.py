@@ -177,10 +177,13 @@ class FileBuilder(ExpressionBuilder):
             self.span(tree),
             self.ident(name),
             self.ident(index) if index is not None else None,
-            self.duration(duration) if duration is not None else None,
+            self._length(duration) if duration is not None else None,
             (self.ident(binder), self.expression(over)) if binder is not None else None,
             self.block(block, "stage"),
         )
+
+    def _length(self, token: Token) -> ast.Duration | ast.Name:
+        return self.duration(token) if token.type == "DURATION" else ast.Name(self.span(token), str(token))
 
     def _s_pass_(self, tree: Tree) -> ast.Pass:
         name, value, block = cast("list[Any]", tree.children)
