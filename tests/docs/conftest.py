@@ -20,4 +20,6 @@ def docs_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for block in blocks("gkd"):
         if block.text.startswith("gkd 1\n\nmethod soft_hidden("):
             (root / "soft_hidden.gkd").write_text(block.text)
+        if block.text.startswith("gkd 1\n\nmethod hints("):
+            (root / "hints.gkd").write_text(block.text)
     return root
