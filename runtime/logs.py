@@ -40,6 +40,7 @@ class RunLog:
     def on_step(self, record: StepRecord) -> None:
         """One line; scalars of each loss raw and weighted, its weight, the rate, the norm and the speed."""
         counters = {"counters": dict(record.counters)} if record.counters else {}
+        rewards = {"rewards": dict(record.rewards)} if record.rewards else {}
         self._line(
             {
                 "kind": "step",
@@ -55,6 +56,7 @@ class RunLog:
                 "tokens": record.tokens,
                 "tokens_per_second": round(record.tokens_per_second, 1),
                 **counters,
+                **rewards,
             }
         )
         scalars = {"loss": record.loss, "lr": record.lr, "gradient_norm": record.gradient_norm}
@@ -64,6 +66,7 @@ class RunLog:
             scalars[f"weight/{name}"] = record.weights[name]
             scalars[f"weighted/{name}"] = record.weights[name] * value
         scalars |= {f"counter/{name}": float(value) for name, value in record.counters.items()}
+        scalars |= {f"reward/{name}": value for name, value in record.rewards.items()}
         self._scalars(scalars, record.step)
 
     def on_evaluate(self, record: EvaluateRecord) -> None:

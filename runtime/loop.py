@@ -180,6 +180,7 @@ class StageLoop:
             position.tokens,
             speed,
             counted,
+            {policy.node.name: result.watched[policy.reward] for policy in self.plan.policies},
         )
         for listener in self._listeners:
             listener.on_step(record)

@@ -33,6 +33,7 @@ class StepRecord:
     tokens            of this stage so far, without padding
     tokens_per_second of this step
     counters          the value of each counter in this step
+    rewards           the reward of each policy, for its choices of the step before
     """
 
     stage: str
@@ -47,6 +48,7 @@ class StepRecord:
     tokens: int
     tokens_per_second: float
     counters: Mapping[str, int] = field(default_factory=dict)
+    rewards: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

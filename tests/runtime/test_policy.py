@@ -1,5 +1,6 @@
 """Policies: the estimate against enumeration, the delay of the reward, and state that survives a kill."""
 
+import json
 from itertools import product
 
 import pytest
@@ -326,6 +327,16 @@ def test_it_learns_in_a_run_and_not_in_an_evaluation(world, whole, tmp_path):
     quiet = compile_plan(check_text(text, "spec.gkd", root=root).graph)
     found = run((root, quiet), RunFolder.create("quiet", root=tmp_path))
     assert all(torch.equal(value, whole[name]) for name, value in found.items())
+
+
+def test_its_reward_is_logged(world, tmp_path):
+    folder = RunFolder.create("logged", root=tmp_path)
+    run(world, folder)
+    lines = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
+    steps = [line for line in lines if line["kind"] == "step"]
+    assert len(steps) == 8
+    for line in steps[:4]:
+        assert line["rewards"]["pi"] == pytest.approx(-(line["terms"]["hard"] + line["terms"]["soft"]), rel=1e-5)
 
 
 def test_a_policy_is_no_part_of_the_models(world, whole):
