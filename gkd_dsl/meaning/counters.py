@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from gkd_dsl import schedules
 from gkd_dsl.graph.access import ancestors
-from gkd_dsl.graph.nodes import CounterNode, ForwardNode, LossNode, OpNode, ReplaceBlock, StageNode
+from gkd_dsl.graph.nodes import CounterNode, ForwardNode, LossNode, MetricNode, OpNode, ReplaceBlock, StageNode
 from gkd_dsl.meaning.conditions import as_condition
 from gkd_dsl.meaning.context import Context
 from gkd_dsl.meaning.scope import Scope
@@ -139,8 +139,7 @@ def connect(ctx: Context, stage: StageNode) -> None:
 
 def _read(ctx: Context, stage: StageNode) -> set[str]:
     found = {name for weight in stage.weights for name in schedules.counters(weight)}
-    inputs = ctx.builder.inputs(stage.key)
-    return found | _behind(ctx, [key for slot, key in inputs.items() if not slot.startswith("metric.")])
+    return found | _behind(ctx, ctx.builder.inputs(stage.key).values())
 
 
 def _behind(ctx: Context, keys: Iterable[str]) -> set[str]:
@@ -151,7 +150,7 @@ def _behind(ctx: Context, keys: Iterable[str]) -> set[str]:
         held: list[object] = []
         if isinstance(node, LossNode):
             held += node.coefficients
-        elif isinstance(node, OpNode):
+        elif isinstance(node, OpNode | MetricNode):
             held += [value for _, value in node.attrs]
         elif isinstance(node, ForwardNode):
             held += [change.when for change in node.changes if isinstance(change, ReplaceBlock)]
