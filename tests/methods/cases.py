@@ -82,6 +82,8 @@ CASES: dict[str, Case] = {
         | {"slope": ("causal_cos_weight = 1.0", "one term has a source without a gradient")},
     ),
     "distilbert": Case({"soft": ZERO, "soft_all": ZERO, "mlm": _LABELS, "cos": ZERO}, _LANGUAGE),
+    "glmd": Case({"soft": ZERO, "logits": ZERO}, _LANGUAGE),
+    "glmd_task": Case({"soft": STILL}),
     "kd": Case({"hard": _LABELS, "soft": ZERO}),
     "lrc_bert": Case(
         {"hard": _LABELS} | dict.fromkeys(("contrast_alone", "contrast"), "it compares with other texts")
