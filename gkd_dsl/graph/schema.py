@@ -22,7 +22,7 @@ import networkx as nx
 from gkd_dsl import schedules
 from gkd_dsl.graph import nodes
 from gkd_dsl.graph.access import natural
-from gkd_dsl.models.info import Build, ModelInfo, Vocabulary
+from gkd_dsl.models.info import Build, Kept, ModelInfo, Vocabulary
 from gkd_dsl.models.taps import TapPath
 from gkd_dsl.text import Location, Source, Span
 from gkd_dsl.types import Dim, LossType, TensorType
@@ -45,8 +45,12 @@ _NODES: dict[str, type] = {
 _VALUES: dict[str, type] = {
     "ModelInfo": ModelInfo,
     "Build": Build,
+    "Kept": Kept,
     "Vocabulary": Vocabulary,
     "TapPath": TapPath,
+    "ReplaceBlock": nodes.ReplaceBlock,
+    "SwapTap": nodes.SwapTap,
+    "AddToTap": nodes.AddToTap,
     "Dim": Dim,
     "Tensor": TensorType,
     "Loss": LossType,
@@ -153,9 +157,9 @@ def _count_edges(graph: nx.MultiDiGraph) -> None:
             case nodes.StageNode(weights=weights):
                 needed = {str(number) for number in range(len(weights))}
                 slots = [slot for slot in slots if not slot.startswith(("metric.", "counter.", "policy.", "reward."))]
-            case nodes.ForwardNode():
-                needed = {"model"}
-                slots = [slot for slot in slots if slot == "model"]
+            case nodes.ForwardNode(changes=changes):
+                needed = {"model", *(slot for change in changes for slot in nodes.change_slots(change))}
+                slots = [slot for slot in slots if slot == "model" or ("." in slot and not slot.endswith(".at"))]
             case _:
                 needed = None
         if needed is not None and set(slots) != needed:
