@@ -61,7 +61,11 @@ def declare(ctx: Context, scope: Scope, decl: ast.Policy) -> Value:
     picked = Tensor(key, type_, reads=frozenset().union(*(state.reads for state in states)))
     policy = Policy(node.key, name, picked, decl, scope)
     ctx.policies[node.key] = policy
-    ctx.deferred.append(lambda: _reward(ctx, policy))
+
+    def read_reward() -> None:
+        _reward(ctx, policy)
+
+    ctx.deferred.append(read_reward)
     return policy
 
 
