@@ -80,6 +80,7 @@ def method(info: library.MethodInfo) -> str:
         f"- stages: {', '.join(f'`{name}`' for name in info.stage_names)}",
         f"- compares: {info.taps}",
         f"- needs: {info.needs}",
+        *([f"- in the same file: {', '.join(f'`{name}`' for name in info.beside)}"] if info.beside else []),
         "",
     ]
     if info.params:

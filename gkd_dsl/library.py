@@ -28,7 +28,10 @@ class MethodParam:
 
 @dataclass(frozen=True)
 class MethodInfo:
-    """A method: its header and its signature. `several` are the formals that may hold a list of models."""
+    """A method: its header and its signature.
+
+    `several` are the formals that may hold a list of models, `beside` the other methods of its file.
+    """
 
     name: str
     title: str
@@ -46,6 +49,7 @@ class MethodInfo:
     params: tuple[MethodParam, ...]
     losses: tuple[str, ...]
     total: bool
+    beside: tuple[str, ...]
 
     def as_dict(self) -> dict[str, object]:
         """For JSON: what the file says."""
@@ -108,6 +112,9 @@ def describe(name: str) -> MethodInfo:
         params=params,
         losses=tuple(dict.fromkeys(stmt.name.text for stmt in method.body if isinstance(stmt, ast.LossDecl))),
         total=any(isinstance(stmt, ast.Total) for stmt in method.body),
+        beside=tuple(
+            item.name.text for item in file.items if isinstance(item, ast.MethodDecl) and item.name.text != name
+        ),
         **{field: said.get(field, "") for field in FIELDS},
     )
 

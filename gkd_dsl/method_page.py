@@ -58,6 +58,7 @@ def page(info: MethodInfo, width: int) -> str:
     facts = [
         ("minimises", info.equation), ("losses", ", ".join(info.losses)), ("taps", info.taps),
         ("stages", info.stages), ("models", models), ("needs", info.needs), ("families", families_of(info.name)),
+        ("with it", f"{', '.join(info.beside)}, in the same file" if info.beside else ""),
     ]  # fmt: skip
     for word, text in facts:
         if text:
