@@ -38,6 +38,7 @@ from gkd_dsl.meaning.values import (
     Unknown,
     Value,
     as_schedule,
+    gated,
     kind,
     plural,
     shown,
@@ -203,7 +204,7 @@ def _index(ctx: Context, scope: Scope, expr: ast.Index) -> Value:
     numbers: list[int] = []
     for arg, written in zip(args, expr.args, strict=True):
         if not isinstance(arg, Num) or not isinstance(arg.value, int):
-            return ctx.error(scope, "E0210", f"an index is a whole number, not {shown(arg)}", written.span)
+            return ctx.error(scope, "E0210", f"an index is a whole number, not {shown(arg)}", written.span, gated(arg))
         numbers.append(arg.value)
     match base:
         case Family():

@@ -21,6 +21,7 @@ from gkd_dsl.meaning.values import (
     Text,
     Unknown,
     Value,
+    gated,
     kind,
     shown,
 )
@@ -107,7 +108,9 @@ def indexed(ctx: Context, scope: Scope, base: TapPart, expr: ast.Index) -> Value
     if isinstance(value, Items) and name == "layer":
         return _some_layers(ctx, scope, base.model, value, expr.args[0].span)
     if not isinstance(value, Num) or not isinstance(value.value, int):
-        return ctx.error(scope, "E0210", f"an index is a whole number, not {shown(value)}", expr.args[0].span)
+        return ctx.error(
+            scope, "E0210", f"an index is a whole number, not {shown(value)}", expr.args[0].span, gated(value)
+        )
     spans = (*base.spans[:-1], base.spans[-1].to(expr.args[0].span))
     part = TapPart(base.model, (*base.parts[:-1], (name, (value.value,))), spans)
     if name == "layer" and len(part.parts) == 1:

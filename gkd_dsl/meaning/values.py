@@ -425,6 +425,12 @@ def shown(value: Value) -> str:
     return f"{value.value:g}" if isinstance(value, Num) else kind(value)
 
 
+def gated(value: Value) -> str:
+    """What to write where a counter is an index."""
+    counts = isinstance(value, Scheduled) and schedules.counters(value.schedule)
+    return "known in a run only: `sum(gate(i == k) * x[i] for i in ...)`" if counts else ""
+
+
 def as_schedule(value: Value) -> schedules.Schedule | None:
     """A number or a schedule as a schedule; None for anything else."""
     if isinstance(value, Num):
