@@ -11,6 +11,7 @@ import networkx as nx
 from gkd_dsl.graph.access import ancestors, inputs, natural, nodes
 from gkd_dsl.graph.families import families, family_name, indices
 from gkd_dsl.graph.nodes import (
+    AddToTap,
     BatchNode,
     CounterNode,
     ForwardNode,
@@ -21,7 +22,9 @@ from gkd_dsl.graph.nodes import (
     OpNode,
     PolicyNode,
     ProjectNode,
+    ReplaceBlock,
     StageNode,
+    SwapTap,
     TapNode,
 )
 from gkd_dsl.graph.passes.liveness import from_batch
@@ -203,7 +206,7 @@ def _box(view: nx.MultiDiGraph, group: Sequence[str], home: dict[str, str], trai
     kind: Shape
     match first:
         case ForwardNode():
-            kind, lines = "forward", ("forward",)
+            kind, lines = "forward", _pass(first)
             tone = _learns(first.model, trained)
         case TapNode():
             kind, lines = "tap", (tap_name([tap.path for tap in found]) + times, *_shape(found))
@@ -232,6 +235,23 @@ def _box(view: nx.MultiDiGraph, group: Sequence[str], home: dict[str, str], trai
         case _:
             raise AssertionError(first)
     return Box(group[0], lines, kind, tone, frame, count)
+
+
+def _pass(forward: ForwardNode) -> tuple[str, ...]:
+    """A forward by its name, and what a pass changes."""
+    name = forward.key.removesuffix("/forward")
+    if name == forward.model:
+        return ("forward",)
+    blocks = [change.index for change in forward.changes if isinstance(change, ReplaceBlock)]
+    lenders = list(dict.fromkeys(c.model for c in forward.changes if isinstance(c, ReplaceBlock)))
+    swapped = [change.path for change in forward.changes if isinstance(change, SwapTap)]
+    added = [change.path for change in forward.changes if isinstance(change, AddToTap)]
+    lines = [f"pass {name}"]
+    lines += ["over other samples"] if forward.shift else []
+    lines += [f"layer[{indices(blocks)}] from {', '.join(lenders)}"] if blocks else []
+    lines += [f"swaps {tap_name(swapped)}"] if swapped else []
+    lines += [f"adds to {tap_name(added)}"] if added else []
+    return (*lines, "gradient only") if forward.discard else tuple(lines)
 
 
 def _learns(model: str, trained: set[tuple[str, str]]) -> Tone:
@@ -323,8 +343,8 @@ def _groups(
     for key in sorted({box.group for box in boxes if box.group}, key=natural):
         if key == "blocks":
             shapes = {box.shape for box in boxes if box.group == key}
-            title = {frozenset({"project"}): "projections", frozenset({"policy"}): "policies"}
-            found.append(Group(key, title.get(frozenset(shapes), "projections, policies"), "blocks", "trained"))
+            words = [word for shape, word in (("project", "projections"), ("policy", "policies")) if shape in shapes]
+            found.append(Group(key, ", ".join(words), "blocks", "trained"))
         elif key == "batch":
             found.append(Group(key, "batch", "batch", "plain"))
         elif key.startswith("model/"):

@@ -11,12 +11,15 @@ import networkx as nx
 from gkd_dsl import schedules
 from gkd_dsl.graph import access
 from gkd_dsl.graph.explain_words import (
+    change_words,
     condition_words,
     counted_words,
     forward_words,
     number,
     optim_words,
+    pass_words,
     source_words,
+    tap_words,
     through,
 )
 from gkd_dsl.graph.families import indices
@@ -88,13 +91,18 @@ class MapRow:
 
 @dataclass(frozen=True)
 class ForwardRow:
-    """One forward of a step. `taps` are read from it by `hooks` hooks; `logits` needs none."""
+    """One forward of a step. `taps` are read from it by `hooks` hooks; `logits` needs none.
+
+    `name` is its model's, or that of the pass; `changes` say what a pass does beside the plain forward.
+    """
 
     model: str
     gradient: bool
     extent: str
     taps: tuple[str, ...]
     hooks: int
+    name: str
+    changes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -227,7 +235,7 @@ def _stage(
         losses=losses,
         weights=tuple(_weights(plan, clocks)),
         layer_map=tuple(_layer_map(optimised, plan)),
-        forwards=tuple(_forward(plan, forward) for forward in plan.forwards),
+        forwards=tuple(_forward(graph, plan, forward) for forward in plan.forwards),
         shared=tuple(_shared(optimised, plan, merged)),
         same_logits=tuple(
             tuple(dict.fromkeys(name for key in group for name in _losses_of(plan, key)))
@@ -395,7 +403,7 @@ def _taps(graph: nx.MultiDiGraph, key: str) -> tuple[list[TapNode], list[str]]:
 
 
 def _named(taps: list[TapNode]) -> str:
-    return ", ".join(f"{tap.model}.{tap.path}" for tap in taps)
+    return ", ".join(tap_words(tap) for tap in taps)
 
 
 def _shape(graph: nx.MultiDiGraph, key: str) -> str:
@@ -404,7 +412,7 @@ def _shape(graph: nx.MultiDiGraph, key: str) -> str:
     return f"[{', '.join(dim.short for dim in node.type.dims)}]"
 
 
-def _forward(plan: StagePlan, forward: ForwardPlan) -> ForwardRow:
+def _forward(graph: nx.MultiDiGraph, plan: StagePlan, forward: ForwardPlan) -> ForwardRow:
     info = next(model.info for model in plan.models if model.name == forward.model)
     places = set()
     for tap in forward.taps:
@@ -425,7 +433,15 @@ def _forward(plan: StagePlan, forward: ForwardPlan) -> ForwardRow:
         if numbers != [-1]:
             text += f"[{indices(numbers)}]"
         names.append(f"{text}.{part}" if part else text)
-    return ForwardRow(forward.model, forward.grad, forward_words(forward, info.size("N")), tuple(names), len(places))
+    return ForwardRow(
+        forward.model,
+        forward.grad,
+        forward_words(forward, info.size("N")),
+        tuple(names),
+        len(places),
+        pass_words(forward.key.removesuffix("/forward"), forward.model),
+        change_words(graph, forward),
+    )
 
 
 def _losses_of(plan: StagePlan, key: str) -> list[str]:
@@ -436,15 +452,14 @@ def _shared(graph: nx.MultiDiGraph, plan: StagePlan, merged: dict[str, int]) -> 
     """Tensors that serve several losses, and operators that were written more than once."""
     readers: dict[str, list[str]] = {}
     for loss in plan.losses:
-        for key in sorted(access.ancestors(graph, [part for _, part in loss.parts]), key=access.natural):
-            if isinstance(access.node(graph, key), TapNode):
-                readers.setdefault(key, []).append(loss.name)
+        for key in {tap.key for _, part in loss.parts for tap in _taps(graph, part)[0]}:
+            readers.setdefault(key, []).append(loss.name)
     for key in sorted(readers, key=access.natural):
         names = list(dict.fromkeys(readers[key]))
         if len(names) > 1:
             tap = access.node(graph, key)
             assert isinstance(tap, TapNode)
-            yield f"{tap.model}.{tap.path} serves {len(names)} losses: {', '.join(names)}"
+            yield f"{tap_words(tap)} serves {len(names)} losses: {', '.join(names)}"
     here = {step.key: step.op for step in (*plan.valid_program, *plan.program) if isinstance(step, liveness.Apply)}
     counts: dict[str, list[int]] = {}
     for key, op in here.items():
@@ -507,6 +522,12 @@ def _models(graph: nx.MultiDiGraph, stages: tuple[StagePlan, ...]) -> tuple[Mode
 
 
 def _made(model: ModelNode) -> str:
+    kept = model.info.build.kept
+    part = f", keeping {kept.count:,} of {kept.full:,} ids" if kept is not None else ""
+    return _way(model) + part
+
+
+def _way(model: ModelNode) -> str:
     build = model.info.build
     if build.kind == "random":
         return "made from its config, with random weights"

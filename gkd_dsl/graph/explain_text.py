@@ -44,8 +44,13 @@ def _stage(stage: StageExplanation, console: Console) -> None:
     _table(
         console,
         ("", "gradient", "runs", "taps", "hooks"),
-        [(f.model, "yes" if f.gradient else "no", f.extent, ", ".join(f.taps), str(f.hooks)) for f in stage.forwards],
+        [(f.name, "yes" if f.gradient else "no", f.extent, ", ".join(f.taps), str(f.hooks)) for f in stage.forwards],
     )
+    passes = [(f.name, f"a pass of {f.model}", f.changes) for f in stage.forwards if f.name != f.model]
+    if passes:
+        _heading(console, "passes")
+        for name, model, changes in passes:
+            _lines(console, [f"{name}: {model}", *(f"  {change}" for change in changes)])
     shared = list(stage.shared)
     shared += [f"{', '.join(group)} read the same logits" for group in stage.same_logits if len(group) > 1]
     if shared:

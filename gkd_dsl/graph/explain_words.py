@@ -5,7 +5,19 @@ from __future__ import annotations
 import networkx as nx
 
 from gkd_dsl.graph import access
-from gkd_dsl.graph.nodes import AttrValue, BatchNode, OpNode, OptimSpec, SourceSpec, TapNode
+from gkd_dsl.graph.families import indices
+from gkd_dsl.graph.nodes import (
+    ALWAYS,
+    AddToTap,
+    AttrValue,
+    BatchNode,
+    OpNode,
+    OptimSpec,
+    ReplaceBlock,
+    SourceSpec,
+    SwapTap,
+    TapNode,
+)
 from gkd_dsl.graph.plan import Counted, ForwardPlan
 from gkd_dsl.schedules import AtCount, Schedule
 
@@ -113,12 +125,46 @@ def tensor(graph: nx.MultiDiGraph, key: str) -> str:
     if isinstance(node, BatchNode):
         return node.column
     if isinstance(node, TapNode):
-        return f"{node.model}.{node.path}"
+        return tap_words(node)
     if isinstance(node, OpNode):
         slots = access.inputs(graph, key)
+        if node.op == "gradient":
+            return f"gradient(..., at = {tensor(graph, slots['at'])})"
         found = [tensor(graph, source) for slot, source in slots.items() if slot not in ("valid", "block")]
         return f"{node.op}({', '.join(found)})"
     return key
+
+
+def tap_words(tap: TapNode) -> str:
+    """A tap as one would write it, by the pass that it is of: `s.hidden[3]`, `mixed.logits`."""
+    return f"{pass_words(tap.key.removesuffix(f'/{tap.path.key}'), tap.model)}.{tap.path}"
+
+
+def pass_words(home: str, model: str) -> str:
+    """The name of a forward, by what its key begins with: that of its model, or of the pass."""
+    return model if home == model else home.replace("/", ".")
+
+
+def change_words(graph: nx.MultiDiGraph, forward: ForwardPlan) -> tuple[str, ...]:
+    """What a pass does beside the plain forward of its model."""
+    found = []
+    if forward.shift:
+        found.append("over the texts of other samples of the micro-batch")
+    values = dict(forward.values)
+    for change in forward.changes:
+        when = "" if isinstance(change, AddToTap) or change.when == ALWAYS else f" when {change.when}"
+        if isinstance(change, ReplaceBlock):
+            blocks = f"block {change.layers[0]}" if len(change.layers) == 1 else f"blocks {indices(change.layers)}"
+            found.append(f"{blocks} of {change.model} in the place of block {change.index}{when}")
+        elif isinstance(change, SwapTap):
+            at = values.get(f"{change.slot}.at")
+            where = f" at {tensor(graph, at)}" if at is not None else ""
+            found.append(f"{change.path} from {tensor(graph, values[f'{change.slot}.source'])}{where}{when}")
+        else:
+            found.append(f"{tensor(graph, values[change.slot])} added to {change.path}")
+    if forward.discard:
+        found.append("its gradient is for gradient(...) alone")
+    return tuple(found)
 
 
 def forward_words(forward: ForwardPlan, layers: int | None) -> str:

@@ -104,6 +104,11 @@ class AddToTap:
 Change = ReplaceBlock | SwapTap | AddToTap
 
 
+def change_slots(change: Change) -> tuple[str, ...]:
+    """The slots that a change fills in any case; `<slot>.at` of a swap may be there too."""
+    return (f"{change.slot}.source",) if isinstance(change, SwapTap) else (change.slot,)
+
+
 @dataclass(frozen=True)
 class ForwardNode(GraphNode):
     """One forward of a model on one input. With `grad` False it runs under no_grad, in eval mode.

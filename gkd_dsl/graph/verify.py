@@ -15,10 +15,14 @@ from gkd_dsl.graph.nodes import (
     GraphNode,
     LossNode,
     MetricNode,
+    ModelNode,
     OpNode,
     PolicyNode,
+    ReplaceBlock,
     StageNode,
+    SwapTap,
     TapNode,
+    change_slots,
 )
 from gkd_dsl.types import LossType
 
@@ -28,9 +32,9 @@ def verify(graph: nx.MultiDiGraph) -> None:
 
     It has no cycle; a key is its node's; a slot is filled once; a tap hangs on one forward of its model; a
     loss reads loss-typed operators, one for each coefficient; a stage has one loss for each weight; what counts
-    (`valid`) is computed from the batch alone; a policy reads nothing, chooses among as many states as it has actions,
-    and has its reward in each stage that it chooses in; a counter goes up and reads losses, and a stage has every
-    counter that its losses are weighed by.
+    (`valid`) is computed from the batch alone; a pass is given what its changes read; a policy reads nothing, chooses
+    among as many states as it has actions, and has its reward in each stage that it chooses in; a counter goes up and
+    reads losses, and a stage has every counter that its losses are weighed by.
     """
     if not nx.is_directed_acyclic_graph(graph):
         cycle = [edge[0] for edge in nx.find_cycle(graph)]
@@ -44,6 +48,8 @@ def verify(graph: nx.MultiDiGraph) -> None:
         forward = graph.nodes[found["forward"]]["node"] if set(found) == {"forward"} else None
         if not isinstance(forward, ForwardNode) or forward.model != tap.model:
             raise GraphError(tap.key, f"a tap of {tap.model} hangs on {found}")
+    for forward in nodes(graph, ForwardNode):
+        _changes(graph, forward)
     for loss in nodes(graph, LossNode):
         _numbered(graph, loss.key, len(loss.coefficients), inputs(graph, loss.key), _is_loss)
     for stage in nodes(graph, StageNode):
@@ -63,6 +69,20 @@ def verify(graph: nx.MultiDiGraph) -> None:
                 raise GraphError(op.key, f"a policy has the inputs {slots}")
         if isinstance(op, OpNode) and op.op == "project" and set(slots) != {"x", "block"}:
             raise GraphError(op.key, f"a projection has the inputs {slots}")
+
+
+def _changes(graph: nx.MultiDiGraph, forward: ForwardNode) -> None:
+    """Every change of a pass has what it reads, and nothing else enters it but columns and its model."""
+    held = inputs(graph, forward.key)
+    wanted = {slot for change in forward.changes for slot in change_slots(change)}
+    allowed = wanted | {f"{change.slot}.at" for change in forward.changes if isinstance(change, SwapTap)}
+    given = {slot for slot in held if "." in slot}
+    if not wanted <= given <= allowed:
+        raise GraphError(forward.key, f"its changes read {sorted(wanted)}, and it is given {sorted(given)}")
+    for change in forward.changes:
+        model = graph.nodes[held[change.slot]]["node"] if isinstance(change, ReplaceBlock) else None
+        if isinstance(change, ReplaceBlock) and (not isinstance(model, ModelNode) or model.name != change.model):
+            raise GraphError(forward.key, f"slot {change.slot} holds {held[change.slot]}")
 
 
 def _policies(graph: nx.MultiDiGraph, stage: str) -> None:
