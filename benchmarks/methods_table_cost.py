@@ -26,6 +26,7 @@ from gkd_dsl.runtime.backends.base import Settings as BackendSettings
 from gkd_dsl.runtime.backends.base import StepResult
 from gkd_dsl.runtime.backends.local import LocalBackend
 from gkd_dsl.runtime.data.loader import Loader, make_loader
+from gkd_dsl.runtime.errors import Stopped
 from gkd_dsl.runtime.models.load import load_tokenizer
 from gkd_dsl.runtime.stages import Run, student_of
 from gkd_dsl.runtime.step import Batch
@@ -124,6 +125,8 @@ def measure(
             try:
                 meter = run(made[name][1], Meter(settings.device), loaders)
                 found[name]["seconds"].append(_mean(made[name][0], meter.seconds))
+            except Stopped as stopped:
+                raise KeyboardInterrupt from stopped
             except Exception as error:  # reported beside the others
                 found[name] = {"error": f"{type(error).__name__}: {error}"}
     for name in made:

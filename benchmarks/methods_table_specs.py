@@ -69,8 +69,12 @@ class Made:
 
 # What the header of a file cannot say: arguments by name in place of the usual models.
 ARGUMENTS: Mapping[str, Mapping[str, str]] = {"dgkd": {"chain": "[t, upper, middle]"}}
-BEFORE: Mapping[str, str] = {"pd": "pd_pretrain"}
-"""Methods of the same file that train the student as a language model first."""
+BEFORE: Mapping[str, tuple[str, str]] = {"pd": ("pd_pretrain", "lm")}
+"""What is run first of the same file, and on which models: it trains the student as a language model."""
+AFTER: Mapping[str, tuple[str, str]] = {"glmd": ("glmd_task", "t = c, s = s"), "mobilebert": ("mobilebert_task", "s")}
+"""What is run last of the same file, in place of plain fine-tuning."""
+WHOLE: Mapping[str, str] = {"theseus": "train s.layer"}
+"""Lines left out, since they need a student that starts with its teacher's own head."""
 
 
 def names(wanted: Sequence[str] | None = None) -> list[str]:
@@ -83,7 +87,7 @@ def names(wanted: Sequence[str] | None = None) -> list[str]:
 
 def is_language_model(info: MethodInfo) -> bool:
     """Whether a method distils language models; its student is fine-tuned afterwards."""
-    return info.needs.startswith("language models")
+    return info.needs.removeprefix("masked ").startswith("language models")
 
 
 def models(settings: Settings, info: MethodInfo | None, seed: int, root: str) -> tuple[list[str], dict[str, str]]:
@@ -103,7 +107,7 @@ def models(settings: Settings, info: MethodInfo | None, seed: int, root: str) ->
         lines.append("student s = with_head(lm, task = classification, num_labels = 2)")
     else:
         lines.append(cut)
-    teachers = {"t": "language"} if language else {"t": "teacher", "u": "second", "v": "small"}
+    teachers = {"t": "language", "c": "teacher"} if language else {"t": "teacher", "u": "second", "v": "small"}
     for role, name in info.roles:
         if name in own:
             given[name] = own[name]
@@ -116,7 +120,8 @@ def models(settings: Settings, info: MethodInfo | None, seed: int, root: str) ->
         given[roles[0]] = "[v, t]" if "small to large" in info.teachers else "[t, u]"
     else:
         given |= dict(zip(roles, teachers, strict=False))
-    used = " ".join(given.values()).replace("[", " ").replace("]", " ").replace(",", " ").split()
+    run_after = AFTER[info.name][1] if info.name in AFTER else ""
+    used = f"{' '.join(given.values())} {run_after}".replace("[", " ").replace("]", " ").replace(",", " ").split()
     for name, layers in (("middle", MIDDLE), ("upper", UPPER)):
         if name in used:
             lines.append(f"model {name} = truncated(base, layers = {list(layers)}, num_labels = 2)")
@@ -201,22 +206,27 @@ def method(
     info = library.describe(name)
     declared, given = models(settings, info, seed, root)
     arguments = ", ".join(f"{formal} = {value}" for formal, value in given.items())
-    used = [*([BEFORE[name]] if name in BEFORE else []), name]
+    used = [name, *(chosen[name][0] for chosen in (BEFORE, AFTER) if name in chosen)]
     lines = [*header(settings, f"{info.title}.", root), f'import "./{name}.gkd" use {", ".join(used)}', *declared, ""]
     if name in BEFORE:
-        lines += [f"use {BEFORE[name]}(lm) as before", "run before"]
+        lines += [f"use {BEFORE[name][0]}({BEFORE[name][1]}) as before", "run before"]
     lines += [f"use {name}({arguments}) as m", "run m"]
+    if name in AFTER:
+        lines += [f"use {AFTER[name][0]}({AFTER[name][1]}) as after", "run after"]
     students = {"s", "lm"}
     # First with one step a stage, to see which stages there are and whom they train.
     folder.mkdir(parents=True, exist_ok=True)
     text = library.method_text(name)
+    if name in WHOLE:
+        text = text.replace(WHOLE[name], "")
     (folder / f"{name}.gkd").write_text(equal(text, used, {}, settings, seed), encoding="utf-8")
     plan = gkd_dsl.loads("\n".join(lines) + "\n", name="spec.gkd", root=folder).plan()
     trains = {
         found.name: any(target.name in students for target in found.stage.trains if target.kind == "model")
         for found in plan.stages
     }
-    labelled = not is_language_model(info) and info.labelled
+    # Whether its own stages, or those put behind it, end on the task.
+    labelled = name in AFTER or (not is_language_model(info) and info.labelled)
     lengths = shared_out(text, used, trains, settings.steps if labelled else settings.steps - settings.steps // 2)
     lengths = lengths if each is None else dict.fromkeys(lengths, each)
     (folder / f"{name}.gkd").write_text(equal(text, used, lengths, settings, seed), encoding="utf-8")

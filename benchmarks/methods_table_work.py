@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
 import shutil
@@ -34,8 +35,11 @@ def begin(threads: int) -> None:
     """Set a worker process up."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ["KINETO_LOG_LEVEL"] = "99"  # The profiler that counts memory announces itself.
     warnings.simplefilter("ignore")
     transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("gkd_dsl").setLevel(logging.ERROR)
     torch.set_num_threads(threads)
 
 

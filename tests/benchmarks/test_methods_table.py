@@ -73,6 +73,15 @@ def test_every_method_has_a_spec_that_checks(specs, settings, work, name):
     assert any(target.name == "s" for target in plan.stages[-1].stage.trains)
 
 
+def test_language_models_are_told_from_classifiers(specs, settings, work):
+    found = {name for name in library.names() if specs.is_language_model(library.describe(name))}
+    assert found == {"distilbert", "diito", "glmd", "mobilebert"}
+    for name in (*found, "pd"):
+        plan = load(specs.method(settings, name, 0, work / "runs" / name).path).plan()
+        tasks = [next(m.info.task for m in stage.models if m.role == "student") for stage in plan.stages]
+        assert (tasks[0], tasks[-1]) == ("masked_lm", "classification")
+
+
 def test_baseline_has_no_teacher(specs, settings, work):
     plan = load(specs.baseline(settings, 0, work / "runs" / "alone").path).plan()
     assert [(stage.name, [model.name for model in stage.models]) for stage in plan.stages] == [("plain", ["s"])]
