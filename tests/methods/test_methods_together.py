@@ -62,8 +62,8 @@ def _cut(models: Models, name: str) -> Models:
 
 
 def forwards_once(plan) -> None:
-    """No model runs twice on one input with the same changes."""
-    seen = [(f.model, f.inputs, f.changes, f.values) for f in plan.forwards]
+    """No model runs twice on one input with the same changes; a pass for `gradient` alone has a graph of its own."""
+    seen = [(f.model, f.inputs, f.shift, f.changes, f.values, f.discard) for f in plan.forwards]
     assert len(seen) == len(set(seen)), seen
     taps = [(f.key, str(tap.path)) for f in plan.forwards for tap in f.taps]
     assert len(taps) == len(set(taps))
