@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
-from meaning_help import HARD, REVIEWS, SOFT, STUDENT, TEACHER, check, codes, good, inputs, node, spec, stage
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from meaning_help import HARD, REVIEWS, SHORT, SOFT, STUDENT, TEACHER, check, codes, good, inputs, node, spec, stage
 
 from gkd_dsl.graph.draw_dot import to_dot
 from gkd_dsl.graph.draw_mermaid import to_mermaid
@@ -113,6 +117,28 @@ def test_a_comparison_of_tensors_is_a_tensor() -> None:
     assert codes(found) == []
 
 
+numbers = st.one_of(
+    st.integers(-3, 12).map(str), st.sampled_from(["stage.step", "stage.epoch", "k", "10 * stage.progress", "k + 1"])
+)
+comparisons = st.tuples(numbers, st.sampled_from(["<", "<=", ">", ">=", "==", "!="]), numbers).map(" ".join)
+conditions = st.recursive(
+    comparisons,
+    lambda inner: st.one_of(
+        inner.map("not ({})".format), st.builds("({}) {} ({})".format, inner, st.sampled_from(["and", "or"]), inner)
+    ),
+    max_leaves=6,
+)
+
+
+@given(conditions, st.integers(0, 11), st.integers(0, 5))
+@settings(max_examples=60, deadline=None)
+def test_a_condition_holds_where_python_says_so(text: str, step: int, k: int) -> None:
+    found = weight(f"gate({text})", "counter k from 0 to 5 advance when stage.step > 3\n")
+    place = SimpleNamespace(step=float(step), epoch=step / 5.0, progress=step / 12)
+    holds = eval(text, {"stage": place, "k": float(k)})
+    assert found.value(Clock(step, 12, 5.0, counters=(("k", k),))) == float(holds)
+
+
 # --- coins --------------------------------------------------------------------------------------
 
 
@@ -201,6 +227,24 @@ def test_a_counter_read_in_a_coefficient_an_argument_or_another_counter_belongs_
     assert not [d for d in checked.diagnostics if d.severity == "error"]
     assert ("counter.k" in inputs(checked, "stage/main")) is read
     assert ("k" in [c.name for c in compile_plan(checked.graph).stages[0].counters]) is read
+
+
+def test_a_counter_that_decides_which_blocks_are_exchanged_belongs_to_the_stage() -> None:
+    body = (
+        "counter k from 0 to 4 advance when stage.progress >= (k + 1) / 5\n"
+        "pass mixed = s {\n"
+        "  replace layer[i] with t.layer[js] for (i, js) in groups(s.layer, t.layer) when i >= k and not coin(0.5)\n"
+        "}\n"
+        "loss hard = cross_entropy(mixed.logits, batch.labels)\n"
+    )
+    plan = compile_plan(good(spec(body + stage("minimize hard"), models=TEACHER + SHORT)).graph).stages[0]
+    assert [counter.name for counter in plan.counters] == ["k"]
+    (changes,) = (forward.changes for forward in plan.forwards if forward.changes)
+    clock = Clock(3, 100, 10.0, counters=(("k", 2),))
+    holds = [change.when.value(clock) for change in changes]
+    fell = [coin.value(clock) for change in changes for coin in parts(change.when) if isinstance(coin, Coin)]
+    assert len(holds) == len(fell) == 4
+    assert holds == [float(i >= 2 and not c) for i, c in enumerate(fell)]
 
 
 def test_a_counter_in_a_method_and_in_a_stage_has_a_name_of_its_own() -> None:
