@@ -172,8 +172,8 @@ def run(made: Made, meter: Meter, loaders: dict[tuple[object, ...], Loader]) -> 
 
 
 def _mean(made: Made, seconds: Mapping[str, Sequence[float]]) -> float:
-    """Seconds of a step: the mean over the stages that train the student, each by its share of the steps."""
-    counted = [stage for stage in made.stages if stage.student and stage.name in seconds]
+    """Seconds of a step: the mean over a method's own stages that train the student, each by its share of the steps."""
+    counted = [stage for stage in made.stages if stage.student and not stage.plain] or list(made.stages)
     times = [statistics.mean(seconds[stage.name][WARMUP:]) for stage in counted]
     return statistics.fmean(times, weights=[stage.steps for stage in counted])
 

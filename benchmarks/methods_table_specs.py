@@ -72,7 +72,9 @@ ARGUMENTS: Mapping[str, Mapping[str, str]] = {"dgkd": {"chain": "[t, upper, midd
 BEFORE: Mapping[str, tuple[str, str]] = {"pd": ("pd_pretrain", "lm")}
 """What is run first of the same file, and on which models: it trains the student as a language model."""
 AFTER: Mapping[str, tuple[str, str]] = {"glmd": ("glmd_task", "t = c, s = s"), "mobilebert": ("mobilebert_task", "s")}
-"""What is run last of the same file, in place of plain fine-tuning."""
+"""What is run last of the same file."""
+PLAIN = ("after.finetune", "finetune", "plain")
+"""Stages that are plain fine-tuning."""
 WHOLE: Mapping[str, str] = {"theseus": "train s.layer"}
 """Lines left out, since they need a student that starts with its teacher's own head."""
 
@@ -230,7 +232,7 @@ def method(
     lengths = shared_out(text, used, trains, settings.steps if labelled else settings.steps - settings.steps // 2)
     lengths = lengths if each is None else dict.fromkeys(lengths, each)
     (folder / f"{name}.gkd").write_text(equal(text, used, lengths, settings, seed), encoding="utf-8")
-    stages = [Stage(key, lengths[_family(key)], trained) for key, trained in trains.items()]
+    stages = [Stage(key, lengths[_family(key)], trained, key in PLAIN) for key, trained in trains.items()]
     if not labelled and each is None:
         steps = settings.steps - sum(each.steps for each in stages if each.student)
         lines += ["", "# Then as the student without a teacher.", "loss hard = cross_entropy(s.logits, batch.labels)"]
