@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from gkd_dsl.graph.plan import StagePlan
 from gkd_dsl.runtime.counters import Counters
+from gkd_dsl.runtime.errors import CANNOT_RUN, RunError
 from gkd_dsl.runtime.extensions import load_extensions
 from gkd_dsl.runtime.policy import make_policies
 from gkd_dsl.runtime.step import Batch, StepModule
@@ -61,6 +62,7 @@ class Distiller:
             block.to(device=first.device)
         self.module.train()
         self._clock = Clock(0, 1, 1.0, seed=plan.stage.seed)
+        self._clock_is_new = True
         self._watched: dict[str, float] | None = None
         self.counters = Counters(plan.counters)
         self._terms: dict[str, Tensor] = {}
@@ -71,12 +73,18 @@ class Distiller:
 
         When gradients are accumulated over micro-batches, give each the `denominators` of all of them.
 
-        Raises RunError: a column is missing, or (first batch) a tensor is not of the shape that the plan says.
+        Raises RunError: a column is missing, or (first batch) a tensor is not of the shape that the plan says; the
+        stage has a policy, and `step_to` was not called.
         """
+        if self.plan.policies and self._clock_is_new and torch.is_grad_enabled():
+            name = self.plan.policies[0].node.name
+            hint = "call `step_to(step, total)` before the batches of each step"
+            raise RunError(CANNOT_RUN, f"the policy `{name}` learns where a step ends, and no step was begun", hint)
         counts = denominators if denominators is not None else self.denominators([batch])
         out = self.module(batch, self.counters.on(self._clock), counts)
         self._terms, self._weights = out.terms, out.weights
-        self._clock = replace(self._clock, micro=self._clock.micro + 1)
+        if torch.is_grad_enabled():
+            self._clock = replace(self._clock, micro=self._clock.micro + 1)
         if (self.plan.policies or self.plan.counters) and torch.is_grad_enabled():
             seen = self._watched or {}
             self._watched = {name: seen.get(name, 0.0) + float(value) for name, value in out.watched.items()}
@@ -116,6 +124,7 @@ class Distiller:
         `steps_per_epoch` matters to durations in epochs (one epoch unless given), `tokens` to those in tokens.
         """
         seen, before = self._watched, self._clock
+        self._clock_is_new = False
         if seen is not None:
             self.module.policies.learn(seen, before)
             self._watched = None

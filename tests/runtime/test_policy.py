@@ -355,6 +355,8 @@ def test_a_loop_of_ones_own(world):
     with Distiller(plan.stages[1], models) as distiller:
         made = distiller.policies["pi"]
         first = weights(made)
+        with pytest.raises(RunError, match=r"the policy `pi` learns where a step ends.*step_to"):
+            distiller(rows[0])
         seen = []
         for step in range(4):
             distiller.step_to(step, 4)
