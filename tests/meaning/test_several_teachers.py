@@ -128,6 +128,15 @@ def test_a_later_stage_has_them_frozen_and_a_projection_too():
     assert {forward.model: forward.grad for forward in second.forwards} == {"a": False, "b": False, "s": True}
 
 
+def test_a_teacher_that_trains_beside_its_student_runs_once_and_hears_nothing_of_it():
+    body = ("loss own = sum(cross_entropy(ts[k].logits, batch.labels) for k in teachers(ts))", SOFT)
+    found = plan(method(*body, stage="train ts, s\n    minimize own + x"))
+    assert [(f.model, f.grad) for f in found.forwards] == [("a", True), ("b", True), ("s", True)]
+    checked = check(method(*body, stage="train ts\n    minimize own + x"))
+    assert codes(checked) == ["E0340"]
+    assert "`p/x` reaches nothing" in checked.diagnostics.errors[0].message
+
+
 # --- mistakes ---------------------------------------------------------------------------------------
 
 

@@ -100,3 +100,16 @@ def test_the_first_stage_reads_no_labels():
     found = plans(text("tmkd"))
     assert "labels" not in found["m.pretrain"].columns
     assert "labels" in found["m.task"].columns
+
+
+def test_the_first_stage_on_texts_without_labels():
+    body = (
+        'data corpus = text("lines.txt")',
+        "stage corpus_stage for 2 steps {\n  source = corpus\n  minimize m.soft\n}",
+        "stage task for 2 steps {\n  source = rows\n  minimize m\n}",
+    )
+    found = plans(text("tmkd", *body))
+    assert found["corpus_stage"].stage.source.name == "corpus"
+    step, rows = step_of(text("tmkd", *body), "corpus_stage"), batch()
+    del rows["labels"]
+    assert torch.isfinite(step(rows)[0])
