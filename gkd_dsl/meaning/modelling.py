@@ -20,6 +20,7 @@ from gkd_dsl.text import Span
 TASKS = ("encoder", "classification", "masked_lm", "causal_lm")
 _LATER = {"quantize": "a quantised model", "adapter": "a model with an adapter"}
 _SETTINGS = ("vocabulary", *_LATER)
+_WIDTHS = ("width", "heads", "inner")
 _CONSTRUCTORS = ("hf", "truncated", "with_head", "random_init")
 
 
@@ -88,6 +89,8 @@ def _info(ctx: Context, scope: Scope, expr: ast.Expr) -> ModelInfo | None:
     for arg in expr.args:
         if arg.name is not None and arg.name.text == "task" and isinstance(arg.value, ast.Name):
             value: Value = Text(arg.value.id)
+        elif name == "truncated" and arg.name is not None and arg.name.text == "layers" and _is_every(arg.value):
+            value = _every(ctx, scope, base, arg.value)
         else:
             value = ctx.evaluate(scope, arg.value)
         if isinstance(value, Unknown):
@@ -136,23 +139,33 @@ def _made(
     at = spans[""].span
     if name == "truncated":
         layers = named.pop("layers", None)
+        sizes = {key: named.pop(key) for key in _WIDTHS if key in named}
         if named:
             extra = next(iter(named))
             ctx.error(
                 scope, "E0234", f"`truncated` has no argument `{extra}`", _name_span(expr, extra), suggest(
-                    extra, ("layers", "task", "num_labels"))[0],
+                    extra, ("layers", *_WIDTHS, "task", "num_labels"))[0],
             )  # fmt: skip
             return None
         if not isinstance(base, Model):
             ctx.error(scope, "E0508", f"`truncated` takes a model of this spec, not {kind(base)}", at)
             return None
-        if not isinstance(layers, tuple) or not all(isinstance(n, int) for n in layers):
+        for key, size in sizes.items():
+            if isinstance(size, bool) or not isinstance(size, int):
+                ctx.error(scope, "E0404", f"`{key}` takes a whole number", spans[key].span)
+                return None
+        missing = layers is None and not sizes
+        if missing or (layers is not None and not _are_layers(layers)):
             ctx.error(
                 scope, "E0235", "`truncated` needs the blocks that it keeps", expr.span, "write `layers = [0, 2, 4]`"
             )
             return None
-        return _described(ctx, scope, lambda: describe.truncated(base.info, base.name, layers=layers, **common),
-                          spans.get("layers", expr).span, "E0204")  # fmt: skip
+        made = lambda layers, sizes: describe.truncated(base.info, base.name, layers=layers, **sizes, **common)  # noqa: E731
+        # Layers first, so that what is wrong with the width is told at the width.
+        chosen = _described(ctx, scope, lambda: made(layers, {}), spans.get("layers", expr).span, "E0204")
+        if chosen is None or not sizes:
+            return chosen
+        return _described(ctx, scope, lambda: made(layers, sizes), spans[next(iter(sizes))].span, "E0502")
     if name == "with_head":
         if named:
             extra = next(iter(named))
@@ -185,6 +198,35 @@ def _made(
     return _described(
         ctx, scope, lambda: function(base.value, overrides=named, **common, **place), expr.span, "E0502", expr
     )
+
+
+def _is_every(expr: ast.Expr) -> bool:
+    return isinstance(expr, ast.Call) and isinstance(expr.func, ast.Name) and expr.func.id == "every"
+
+
+def _every(ctx: Context, scope: Scope, base: Value | None, expr: ast.Expr) -> Value:
+    """`every(2)`, `every(2, start = 1)`: one block of so many of the model that is cut."""
+    assert isinstance(expr, ast.Call)
+    found: dict[str, Value] = {}
+    for arg in expr.args:
+        name = arg.name.text if arg.name is not None else "step"
+        value = ctx.evaluate(scope, arg.value)
+        if isinstance(value, Unknown):
+            return UNKNOWN
+        if name not in ("step", "start") or name in found:
+            return ctx.error(scope, "E0234", "`every` takes a step, and `start`", arg.span, "write `every(2)`")
+        found[name] = value
+    count = base.info.size("N") if isinstance(base, Model) else None
+    step, start = found.get("step"), found.get("start", Num(0))
+    if not isinstance(step, Num) or not isinstance(start, Num) or step.value < 1 or start.value < 0:
+        return ctx.error(scope, "E0404", "`every` takes whole numbers: a step from 1, a start from 0", expr.span)
+    if count is None:
+        return ctx.error(scope, "E0508", "`every` counts the blocks of a model of this spec", expr.span)
+    return Items(tuple(Num(n) for n in range(int(start.value), count, int(step.value))))
+
+
+def _are_layers(value: object) -> bool:
+    return isinstance(value, tuple) and all(isinstance(n, int) for n in value)
 
 
 def _name_span(expr: ast.Call, name: str) -> Span:

@@ -58,19 +58,24 @@ def truncated(
     base: ModelInfo,
     name: str,
     *,
-    layers: Sequence[int],
+    layers: Sequence[int] | None = None,
+    width: int | None = None,
+    heads: int | None = None,
+    inner: int | None = None,
     task: Task | None = None,
     num_labels: int | None = None,
 ) -> ModelInfo:
-    """The model that keeps only the blocks `layers` of `base`, the model called `name` in the spec.
+    """The model that keeps only the blocks `layers` of `base` (all unless given), the model called `name` in the spec.
 
-    Negative layers count from the end; the order is kept, and a layer may be taken twice.
-    Task and labels are those of the base unless given.
+    Negative layers count from the end; the order is kept, and a layer may be taken twice. With `width` it keeps the
+    first `width` features, the first `heads` heads (as many as keep their size, unless given) and the first `inner`
+    features of the feed-forward part (in the same proportion, unless given). Task and labels are those of the base
+    unless given.
 
-    Raises ModelError for no layers, or layers that the base lacks.
+    Raises ModelError for no layers, layers that the base lacks, or a width that does not fit.
     """
     count = base.size("N")
-    chosen = list(layers)
+    chosen = list(range(count or 1) if layers is None else layers)
     if not chosen:
         raise ModelError(f"truncated({name}, layers = []) keeps no layer", "write for example layers = [0, 2, 4]")
     if base.formal:
@@ -90,6 +95,7 @@ def truncated(
     types = base.config.get("layer_types")
     if isinstance(types, list) and len(types) == count:
         overrides["layer_types"] = [types[layer] for layer in kept]
+    overrides |= _narrowed(base, family, name, width, heads, inner)
     config = {**base.config, **overrides}
     if num_labels is None and task in (None, "classification") and base.task == "classification":
         num_labels = base.size("C")
@@ -98,6 +104,43 @@ def truncated(
     items = _as_items(merged, num_labels)
     build = Build("truncated", base.path, base=name, layers=kept, overrides=items, origin=base)
     return _info(base.location, Path(base.path) if base.path else None, config, build, wanted, num_labels)
+
+
+def _narrowed(
+    base: ModelInfo, family: Family, name: str, width: int | None, heads: int | None, inner: int | None
+) -> dict[str, Any]:
+    """The config fields of a model of fewer features, heads and inner features."""
+    if width is None and heads is None and inner is None:
+        return {}
+    if family.inside is not None or family.q.transform.startswith("fused"):
+        raise ModelError(
+            f"a {family.name} is not narrowed: its attention has no matrix whose first rows are its first heads",
+            "take fewer layers, or start from random weights",
+        )
+    H, A, KV, D, F = (base.size(size) or 1 for size in ("H", "A", "KV", "D", "F"))
+    width = H if width is None else width
+    if heads is None:
+        if (width * A) % H and width < H:
+            raise ModelError(f"{name} has {A} heads of {D} features: {width} is no whole number of them", "say `heads`")
+        heads = width * A // H
+    inner = max(1, F * width // H) if inner is None else inner
+    for what, wanted, held in (("width", width, H), ("heads", heads, A), ("inner", inner, F)):
+        if not 1 <= wanted <= held:
+            raise ModelError(f"{what} = {wanted} is not a part of the {held} that {name} has", f"from 1 to {held}")
+    group = A // KV
+    if heads > group and heads % group:
+        raise ModelError(f"{group} heads of {name} share a key, and {heads} is no multiple", f"{group} or {2 * group}")
+    found = {family.fields["H"]: width, family.fields["A"]: heads, family.fields["F"]: inner}
+    if family.fields["KV"] != family.fields["A"]:
+        found[family.fields["KV"]] = max(1, heads // group)
+    if family.fields["D"] != family.fields["H"]:
+        found[family.fields["D"]] = D
+    elif width != heads * D:
+        raise ModelError(
+            f"heads of {name} have {D} features, and {heads} of them are not {width}",
+            f"write `width = {heads * D}`",
+        )
+    return found
 
 
 def with_head(base: ModelInfo, name: str, *, task: Task | None = None, num_labels: int | None = None) -> ModelInfo:

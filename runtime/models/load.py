@@ -232,6 +232,7 @@ def _copied(info: ModelInfo, models: Mapping[str, PreTrainedModel]) -> tuple[Pre
     body, head = base.base_model.state_dict(), base.state_dict()
     prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
     new: list[str] = []
+    shorter = _shorter(info)
     with torch.no_grad():
         for name, target in model.state_dict().items():
             if not name.startswith(prefix):
@@ -240,6 +241,9 @@ def _copied(info: ModelInfo, models: Mapping[str, PreTrainedModel]) -> tuple[Pre
                 source = body.get(_renumbered(name.removeprefix(prefix), family.blocks, layers))
             if source is not None and source.shape == target.shape:
                 target.copy_(source)
+            elif source is not None and _is_part(target.shape, source.shape, shorter):
+                # The first features, heads and inner features of a wider model.
+                target.copy_(source[tuple(slice(length) for length in target.shape)])
             else:
                 new.append(name)
     model.tie_weights()
@@ -249,6 +253,25 @@ def _copied(info: ModelInfo, models: Mapping[str, PreTrainedModel]) -> tuple[Pre
     owned = {name for name, _ in model.named_parameters()}
     made = f"{'with_head' if info.build.kind == 'headed' else 'truncated'}({info.build.base})"
     return model, LoadReport(made, new=tuple(name for name in new if name in owned))
+
+
+def _shorter(info: ModelInfo) -> set[tuple[int, int]]:
+    """The lengths of axes that a model of fewer features has, each with that of its base."""
+    base = info.build.origin
+    if info.build.kind != "truncated" or base is None:
+        return set()
+
+    def lengths(model: ModelInfo) -> list[int]:
+        H, A, KV, D, F = (model.size(size) or 0 for size in ("H", "A", "KV", "D", "F"))
+        return [H, A * D, KV * D, F]
+
+    return {(mine, theirs) for mine, theirs in zip(lengths(info), lengths(base), strict=True) if mine < theirs}
+
+
+def _is_part(mine: torch.Size, theirs: torch.Size, shorter: set[tuple[int, int]]) -> bool:
+    if len(mine) != len(theirs):
+        return False
+    return all(a == b or (a, b) in shorter for a, b in zip(mine, theirs, strict=True))
 
 
 def _cut(info: ModelInfo, model: PreTrainedModel, models: Mapping[str, PreTrainedModel], root: Path) -> PreTrainedModel:
