@@ -101,11 +101,10 @@ def _venue(info: library.MethodInfo) -> str:
 def _use(info: library.MethodInfo) -> list[str]:
     lines = ["", "## To use it", "", "```gkd", fitting(info.name).text.rstrip(), "```", ""]
     alone = "`run m` runs the stages of the paper."
+    plain = [name for name in info.losses if name not in info.indexed]
     if info.total:
-        alone += (
-            " To weight the losses in a stage of your own, leave `run m` out and minimise `m` (its total) or one of "
-            f"its losses, such as `m.{info.losses[0]}`."
-        )
+        alone += " To weight the losses in a stage of your own, leave `run m` out and minimise `m` (its total)"
+        alone += f" or one of its losses, such as `m.{plain[0]}`." if plain else "."
     teachers = "--teacher DIR " * (2 if info.several or [r for r, _ in info.roles].count("teacher") > 1 else 1)
     written = f"gkd init --method {info.name} {teachers}--student DIR --data FILE"
     return [*lines, alone, "", f"`{written}` writes a longer one for models and rows of your own."]

@@ -30,7 +30,8 @@ class MethodParam:
 class MethodInfo:
     """A method: its header and its signature.
 
-    `several` are the formals that may hold a list of models, `beside` the other methods of its file.
+    `several` are the formals that may hold a list of models, `indexed` the losses that are a family or a function,
+    `beside` the other methods of its file.
     """
 
     name: str
@@ -48,6 +49,7 @@ class MethodInfo:
     several: tuple[str, ...]
     params: tuple[MethodParam, ...]
     losses: tuple[str, ...]
+    indexed: tuple[str, ...]
     total: bool
     beside: tuple[str, ...]
 
@@ -111,6 +113,11 @@ def describe(name: str) -> MethodInfo:
         several=tuple(_several(method, [name for _, name in roles])),
         params=params,
         losses=tuple(dict.fromkeys(stmt.name.text for stmt in method.body if isinstance(stmt, ast.LossDecl))),
+        indexed=tuple(
+            stmt.name.text
+            for stmt in method.body
+            if isinstance(stmt, ast.LossDecl) and (stmt.indices or stmt.formals is not None)
+        ),
         total=any(isinstance(stmt, ast.Total) for stmt in method.body),
         beside=tuple(
             item.name.text for item in file.items if isinstance(item, ast.MethodDecl) and item.name.text != name
