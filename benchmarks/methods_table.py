@@ -13,7 +13,8 @@ with the other half. Stages that train others (assistants, teachers together) ha
 
 Without `--data`, sentences are docstrings of the standard library, and the label is which of two groups of packages
 one is from. A finished row is stored in the work folder, and a second run of the same settings goes on from there;
-after a change of the code remove that folder. It holds every spec that was run, `runs/METHOD-SEED/spec.gkd`.
+after a change of the code or of the encoder remove that folder. It holds every spec that was run, in
+`runs/METHOD-SEED/spec.gkd`. With `--rows FILE` the rows are in a file that can be taken to another machine.
 The script ends with 1 where a method fails, a loss is not finite, or the student of KD (and, in a run that is not
 `--quick`, of any method) does not beat chance.
 """
@@ -62,8 +63,9 @@ def main() -> int:
     tasks = missing(options, settings, names)
     if tasks:
         estimate(settings, options, names, len(tasks))
-    teachers, found = train(options, settings, names, tasks)
-    found = stored(options.work, settings, names, options.seeds) + [row for row in found if "error" in row]
+    failed = train(options, settings, names, tasks)
+    found = stored(options.rows, settings, names, options.seeds) + failed
+    teachers = stored_teachers(options.rows, settings, options.seeds)
     costs: dict[str, dict[str, Any]] = {}
     if not options.no_timing:
         print("timing, alone", flush=True)
@@ -86,10 +88,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--encoder", default=PACKAGE, help="the encoder's folder, where the package is not installed")
-    parser.add_argument("--jobs", type=int, help="worker processes; on a CPU one a core, on a GPU 4")
+    parser.add_argument("--jobs", type=int, help="worker processes; on a CPU one a core, on a GPU 8")
     parser.add_argument("--threads", type=int, help="threads of the timing; all cores unless given")
     parser.add_argument("--work", type=Path, help="folder of specs, teachers and finished rows")
-    parser.add_argument("--steps", type=int, help="optimiser steps of a student; on a CPU 200, on a GPU 800")
+    parser.add_argument("--rows", type=Path, help="file of the finished rows; else rows.jsonl in the work folder")
+    parser.add_argument("--steps", type=int, help="optimiser steps of a student; on a CPU 200, on a GPU 600")
     parser.add_argument("--batch", type=int, help="sentences in a step; on a CPU 16, on a GPU 32")
     parser.add_argument("--rounds", type=int, default=3, help="rounds of the timing")
     parser.add_argument("--timed-steps", type=int, default=4, help="timed steps of a stage in a round")
@@ -97,11 +100,12 @@ def arguments() -> argparse.Namespace:
     options = parser.parse_args()
     gpu = options.device == "cuda"
     options.seeds = options.seeds or ([0] if options.quick else [0, 1, 2])
-    options.steps = options.steps or (20 if options.quick else 800 if gpu else 200)
+    options.steps = options.steps or (20 if options.quick else 600 if gpu else 200)
     options.batch = options.batch or (32 if gpu and not options.quick else 16)
-    options.jobs = options.jobs or (4 if gpu else os.cpu_count() or 1)
+    options.jobs = options.jobs or (8 if gpu else os.cpu_count() or 1)
     options.no_timing = options.no_timing or options.quick
     options.work = (options.work or Path("runs") / ("methods-quick" if options.quick else "methods-table")).resolve()
+    options.rows = (options.rows or options.work / "rows.jsonl").resolve()
     if Path(options.encoder).is_dir():
         options.encoder = str(Path(options.encoder).resolve())
     return options
@@ -124,7 +128,7 @@ def settings_of(options: argparse.Namespace, digest: str) -> Settings:
 
 def missing(options: argparse.Namespace, settings: Settings, names: Sequence[str]) -> list[tuple[str, int, str]]:
     """The rows that are not stored: method, seed, key."""
-    there = {(row["method"], row["seed"]) for row in stored(options.work, settings, names, options.seeds)}
+    there = {(row["method"], row["seed"]) for row in stored(options.rows, settings, names, options.seeds)}
     return [
         (name, seed, work.key_of(settings, name))
         for seed in options.seeds
@@ -133,20 +137,36 @@ def missing(options: argparse.Namespace, settings: Settings, names: Sequence[str
     ]
 
 
-def stored(folder: Path, settings: Settings, names: Sequence[str], seeds: Sequence[int]) -> list[dict[str, Any]]:
+def stored(file: Path, settings: Settings, names: Sequence[str], seeds: Sequence[int]) -> list[dict[str, Any]]:
     """The finished rows of these settings."""
-    file = folder / "rows.jsonl"
-    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     keys = {name: work.key_of(settings, name) for name in names}
-    found: dict[tuple[str, int], dict[str, Any]] = {}
-    for line in lines:
+    found = [row for row in lines_of(file) if row.get("method") in keys and row["seed"] in seeds]
+    return list({(row["method"], row["seed"]): row for row in found if row["key"] == keys[row["method"]]}.values())
+
+
+def stored_teachers(file: Path, settings: Settings, seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """The teachers of these settings."""
+    found = [row for row in lines_of(file) if "teacher" in row and row["seed"] in seeds]
+    return list({(row["teacher"], row["seed"]): row for row in found if row["key"] == settings.key()}.values())
+
+
+def lines_of(file: Path) -> list[dict[str, Any]]:
+    """The rows of a file, but for what a run that was killed left half written."""
+    found = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
         try:
-            row = json.loads(line)
+            found.append(json.loads(line))
         except ValueError:
-            continue  # The last line of a run that was killed.
-        if row["seed"] in seeds and keys.get(row["method"]) == row["key"]:
-            found[row["method"], row["seed"]] = row
-    return list(found.values())
+            continue
+    return found
+
+
+def store(file: Path, row: dict[str, Any]) -> None:
+    """Add a row."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    torn = file.is_file() and file.stat().st_size > 0 and not file.read_bytes().endswith(b"\n")
+    with file.open("a", encoding="utf-8") as opened:
+        opened.write(("\n" if torn else "") + json.dumps(row) + "\n")
 
 
 def estimate(settings: Settings, options: argparse.Namespace, names: Sequence[str], tasks: int) -> None:
@@ -189,29 +209,33 @@ def probe(settings: Settings) -> float:
 
 def train(
     options: argparse.Namespace, settings: Settings, names: Sequence[str], tasks: Sequence[tuple[str, int, str]]
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The teachers, then the rows that are missing, each stored as it is done."""
+) -> list[dict[str, Any]]:
+    """The teachers, then the rows that are missing, each stored as it is done; gives those that failed."""
+    # A machine that has not these teachers trains them again for the timing.
+    seeds = [seed for seed in options.seeds if any(seed == task[1] for task in tasks)]
+    if not options.no_timing:
+        seeds = list(dict.fromkeys([options.seeds[0], *seeds]))
+    if not seeds:
+        return []
     threads = 1 if options.device == "cuda" else max(1, (os.cpu_count() or 1) // options.jobs)
     pool = ProcessPoolExecutor(
         options.jobs, mp_context=multiprocessing.get_context("spawn"), initializer=work.begin, initargs=(threads,)
     )
+    failed: list[dict[str, Any]] = []
     with stopping(pool):
-        teachers: list[dict[str, Any]] = []
-        for _, done in each(pool, work.train_teacher, teacher_tasks(options, settings, names)):
-            teachers.append(done)
-            told = f"accuracy {done['accuracy']:.4f}" if "accuracy" in done else f"loss {done['loss']}"
+        for _, done in each(pool, work.train_teacher, teacher_tasks(options, settings, names, seeds)):
+            store(options.rows, {name: value for name, value in done.items() if name != "predictions"})
+            told = f"accuracy {done['accuracy']:.4f}" if "accuracy" in done else f"loss {done['loss']['teach']:.3f}"
             print(f"teacher {done['teacher']}, seed {done['seed']}: {told}, {done['seconds']:.0f} s", flush=True)
-        rows: list[dict[str, Any]] = []
         for number, row in each(pool, work.run_method, [(settings, options.work, *task) for task in tasks]):
-            rows.append(row)
-            if "error" not in row:
-                with (options.work / "rows.jsonl").open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
+            if "error" in row:
+                failed.append(row)
+            else:
+                store(options.rows, row)
             told = row.get("error") or f"accuracy {row['accuracy']:.4f}, agreement {row['agreement']:.4f}"
-            print(
-                f"{number}/{len(tasks)} {row['method']}, seed {row['seed']}: {told}, {row['seconds']:.0f} s", flush=True
-            )
-    return teachers, rows
+            where = f"{number}/{len(tasks)} {row['method']}, seed {row['seed']}"
+            print(f"{where}: {told}, {row['seconds']:.0f} s", flush=True)
+    return failed
 
 
 @contextmanager
@@ -225,10 +249,12 @@ def stopping(pool: ProcessPoolExecutor) -> Iterator[None]:
     pool.shutdown()
 
 
-def teacher_tasks(options: argparse.Namespace, settings: Settings, names: Sequence[str]) -> list[tuple[Any, ...]]:
+def teacher_tasks(
+    options: argparse.Namespace, settings: Settings, names: Sequence[str], seeds: Sequence[int]
+) -> list[tuple[Any, ...]]:
     """The teachers that some method asks for, for each seed."""
     wanted = {"teacher"} | {what for name in names if name != BASELINE for what in specs.teachers_of(settings, name)}
-    return [(settings, options.work, what, seed) for seed in options.seeds for what in work.TEACHERS if what in wanted]
+    return [(settings, options.work, what, seed) for seed in seeds for what in work.TEACHERS if what in wanted]
 
 
 def each(

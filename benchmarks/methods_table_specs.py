@@ -45,8 +45,8 @@ class Settings:
     data: str = ""
 
     def key(self) -> str:
-        """The settings that a result depends on."""
-        return json.dumps(asdict(self), sort_keys=True)
+        """The settings that a result depends on, but for the place of the encoder."""
+        return json.dumps({**asdict(self), "encoder": ""}, sort_keys=True)
 
 
 @dataclass(frozen=True)

@@ -134,13 +134,21 @@ def test_stored_rows_are_those_of_the_settings(made, tmp_path):
     import methods_table_work as work
 
     settings, _, _ = made
-    options = argparse.Namespace(work=tmp_path, seeds=[0, 1])
+    rows = tmp_path / "rows.jsonl"
+    options = argparse.Namespace(rows=rows, seeds=[0, 1])
     assert len(table.missing(options, settings, ["kd", "pkd"])) == 4
     row = {"method": "kd", "seed": 0, "key": work.key_of(settings, "kd")}
-    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + '\n{"method": "pkd", "se')
-    assert table.stored(tmp_path, settings, ["kd", "pkd"], [0, 1]) == [row]
+    rows.write_text(json.dumps(row) + '\n{"method": "pkd", "se')
+    assert table.stored(rows, settings, ["kd", "pkd"], [0, 1]) == [row]
+    other = {"method": "pkd", "seed": 1, "key": work.key_of(settings, "pkd")}
+    table.store(rows, other)
+    teacher = {"teacher": "second", "seed": 1, "key": settings.key(), "accuracy": 0.5}
+    table.store(rows, teacher)
+    assert table.stored(rows, settings, ["kd", "pkd"], [0, 1]) == [row, other]
+    assert table.stored_teachers(rows, settings, [0, 1]) == [teacher]
+    assert table.stored_teachers(rows, settings, [0]) == []
     assert ("kd", 0, row["key"]) not in table.missing(options, settings, ["kd", "pkd"])
-    assert len(table.missing(options, settings, ["kd", "pkd"])) == 3
+    assert len(table.missing(options, settings, ["kd", "pkd"])) == 2
     assert len(table.missing(options, replace(settings, steps=9), ["kd", "pkd"])) == 4
 
 
