@@ -29,6 +29,15 @@ def valid(
     expr: ast.Expr,
 ) -> Tensor | Unknown | None:
     """The positions that count: valid tokens, narrowed by `mask` and by labels that are there."""
+    ours, given = tensors.get("student"), tensors.get("labels")
+    if ours is not None and given is not None and ours.tokens and given.tokens and not ours.tokens & given.tokens:
+        return cast(
+            Unknown,
+            ctx.error(
+                scope, "E0275", f"`{spec.name}` compares a pass over other texts with labels that are not theirs",
+                expr.span, "labels of other texts", notes=["the labels of a rolled batch are `roll(batch).labels`"],
+            ),
+        )  # fmt: skip
     dims = dict(typed.attrs).get("dims")
     names = (
         cast("tuple[str, ...]", dims)
