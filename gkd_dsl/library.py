@@ -179,12 +179,12 @@ def _several(method: ast.MethodDecl, models: list[str]) -> Iterator[str]:
 def header(text: str) -> tuple[str, dict[str, str], str]:
     """The title, the fields and the remarks of the comment block that opens a library file.
 
-    A line below a field that names no field goes on with it.
+    A line below a field that names no field goes on with it. Indented lines of the remarks stay indented.
     """
     block: list[str] = []
     for line in text.splitlines()[1:]:
         if line.startswith("#"):
-            block.append(line[1:].strip())
+            block.append(line[1:].removeprefix(" ").rstrip())
         elif block:
             break
     title = next((line for line in block if line), "")
@@ -199,7 +199,7 @@ def header(text: str) -> tuple[str, dict[str, str], str]:
         elif not line and not remarks:
             last = None
         elif last is not None and not remarks:
-            said[last] += f" {line}"
+            said[last] += f" {line.strip()}"
         else:
             remarks.append(line)
     return title, said, "\n".join(remarks).strip()

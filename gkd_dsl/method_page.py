@@ -65,7 +65,9 @@ def page(info: MethodInfo, width: int) -> str:
             lines += wrap(text, width, initial_indent=f"{word:11}", subsequent_indent=" " * 11)
     lines.append("")
     for part in info.remarks.split("\n\n") if info.remarks else []:
-        lines += [*wrap(part, width), ""]
+        written = part.splitlines()
+        code = all(line.startswith("    ") for line in written)
+        lines += [*(written if code else wrap(part, width)), ""]
     lines += ["parameters", *_parameters(info, width), ""]
     found = fitting(info.name)
     if found.fits:

@@ -48,6 +48,13 @@ def test_the_file_parses_without_a_fault(name: str) -> None:
     assert not list(diagnostics)
 
 
+def test_code_in_the_remarks_stays_as_it_is_written() -> None:
+    written = "    student s = truncated(t, layers = every(2)) { vocabulary = kept(50%, source = corpus) }"
+    assert written in library.method_text("glmd").replace("#    ", "    ").replace("# ", "").splitlines()
+    assert written in library.describe("glmd").remarks.splitlines()
+    assert all(not field.startswith(" ") for field in (library.describe("pd").paper, library.describe("pd").title))
+
+
 def test_costs_by_hand() -> None:
     first, last = costs("tinybert")
     assert first.projected == 768 * 768 + 768
