@@ -161,10 +161,14 @@ method averaged(teacher ts, student s) {
     assert codes(checked) == ["E0244"]
 
 
+WARNS = {"mt_bert": ["W0704"]}
+"""Methods that do by design what the checker warns of: a map that trains on the teacher's side alone."""
+
+
 @pytest.mark.parametrize("name", library())
 def test_the_library_checks_alone(name: str) -> None:
     checked = check_path(library_folder() / f"{name}.gkd")
-    assert codes(checked) == []
+    assert codes(checked) == WARNS.get(name, [])
 
 
 @pytest.mark.parametrize("name", library())
@@ -175,9 +179,12 @@ def test_the_library_checks_in_use(name: str) -> None:
     else:
         models = TEACHER + "student s = truncated(t, layers = [0, 3, 6, 9])\n"
         data = 'data reviews = csv("data/reviews.csv", text = "text", label = "label")\n'
-    text = f'import "gkd:{name}" as lib\nuse lib.{name}(t -> s) as m\n'
-    good(spec(text + stage("minimize m.total"), models=models, data=data))
-    good(spec(text + "run m\n", models=models, data=data))
+    teachers = "t"
+    if name in ("mt_bert", "rl_kd", "tmkd", "uncertainty"):
+        models, teachers = models.replace("student", 'teacher t2 = hf("models/teacher")\nstudent'), "[t, t2]"
+    text = f'import "gkd:{name}" as lib\nuse lib.{name}({teachers} -> s) as m\n'
+    for body in (stage("minimize m.total"), "run m\n"):
+        assert codes(check(spec(text + body, models=models, data=data))) == WARNS.get(name, [])
 
 
 def test_a_method_file_is_checked_without_models(tmp_path: Path) -> None:
