@@ -164,6 +164,22 @@ def test_a_model_that_trains_lends_its_blocks_without_training_by_it(build):
     assert all(p.grad is not None for p in models["s"].base_model.encoder.layer[0].parameters())
 
 
+def test_what_enters_a_frozen_model_learns_through_it(build):
+    """The teacher's head over the student's last state: the gradient of a stage of two projections reaches both."""
+    body = """
+project W = linear(s.H -> t.H)
+pass x = t { swap hidden[4] from s.hidden[2] }
+pass y = t { add hidden[3] = s.hidden[1] |> W }
+loss hard = cross_entropy(x.logits, batch.labels) + cross_entropy(y.logits, batch.labels)
+"""
+    plan, models, step = build(body)
+    assert all(forward.grad for forward in plan.forwards if forward.changes)
+    run(step, batch_of()).loss.backward()
+    assert step.projections["W"].weight.grad.abs().sum() > 0
+    assert all(p.grad is not None for n, p in models["s"].named_parameters() if ".layer." in n)
+    assert all(p.grad is None for p in models["t"].parameters())
+
+
 def test_a_metric_of_a_mixed_pass(build):
     body = """
 pass mixed = s { replace layer[i] with t.layer[js] for (i, js) in groups(s.layer, t.layer) when coin(0.5) }

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import networkx as nx
 
-from gkd_dsl.graph.access import ancestors, inputs, nodes
-from gkd_dsl.graph.nodes import ForwardNode, StageNode, TapNode
+from gkd_dsl.graph.access import ancestors, inputs
+from gkd_dsl.graph.nodes import ForwardNode, OpNode, StageNode, TapNode
 from gkd_dsl.models.resolve import last_needed
 from gkd_dsl.models.taps import TapPath
 
@@ -19,15 +19,27 @@ def stage_view(graph: nx.MultiDiGraph, stage: StageNode) -> nx.MultiDiGraph:
 
 
 def forwards(graph: nx.MultiDiGraph, stage: StageNode) -> nx.MultiDiGraph:
-    """The view of a stage in which a forward has a gradient exactly where its model is trained in that stage.
+    """The view of a stage in which a forward has a gradient exactly where something trained is in it.
 
-    A model that is trained and also read detached runs once: `detach` is an operator. A forward whose gradient is
-    taken and thrown away has one in any case.
+    That is its model, or what enters it by a change. A model that is trained and also read detached runs once: `detach`
+    is an operator. A forward whose gradient is taken and thrown away has one in any case.
     """
-    trained = {target.name for target in stage.trains if target.kind == "model"}
+    trained = {f"{'model' if target.kind == 'model' else 'project'}/{target.name}" for target in stage.trains}
     result = graph.copy()
-    for node in nodes(graph, ForwardNode):
-        result.nodes[node.key]["node"] = replace(node, grad=node.model in trained or node.discard)
+    flows: set[str] = set()
+    for key in nx.topological_sort(graph):
+        node = graph.nodes[key]["node"]
+        sources = inputs(graph, key)
+        if isinstance(node, ForwardNode):
+            entering = [source for slot, source in sources.items() if "." in slot and not source.startswith("model/")]
+            grad = f"model/{node.model}" in trained or node.discard or not flows.isdisjoint(entering)
+            result.nodes[key]["node"] = replace(node, grad=grad)
+            flows |= {key} if grad else set()
+        elif isinstance(node, OpNode):
+            through = node.op not in ("detach", "gradient") and not flows.isdisjoint(sources.values())
+            flows |= {key} if through else set()
+        elif key in trained or not flows.isdisjoint(sources.values()):
+            flows.add(key)
     return result
 
 
