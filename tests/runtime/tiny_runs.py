@@ -4,17 +4,16 @@ import json
 from dataclasses import replace
 
 import torch
+from plans import accuracy_plan, spec, tap
 
-from gkd_dsl.graph.nodes import MetricNode, ModelNode, OptimSpec, ProjectNode, SourceSpec, StageNode, TrainTarget
+from gkd_dsl.graph.nodes import ModelNode, OptimSpec, ProjectNode, SourceSpec, StageNode, TrainTarget
 from gkd_dsl.graph.plan import (
     Apply,
     Counted,
     ForwardPlan,
     Free,
     LossPlan,
-    MetricPlan,
     Run,
-    SpecPlan,
     StagePlan,
     TapPlan,
 )
@@ -104,7 +103,7 @@ def stage_plan(found, **stage):
 
     def forward(name, grad, hidden, scores):
         taps = (
-            TapPlan(f"{name}/logits", LOGITS, _float(BATCH, classes[name])),
+            tap(name, LOGITS, BATCH, classes[name]),
             TapPlan(f"{name}/hidden", hidden, _float(BATCH, LENGTH, width[name])),
             TapPlan(f"{name}/scores", scores, _float(BATCH, heads[name], LENGTH, LENGTH)),
         )
@@ -175,21 +174,13 @@ def stage_plan(found, **stage):
 
 def with_metric(plan, **stage):
     """The plan with the held-out accuracy of the student as metric `acc`."""
-    taps = tuple(tap for tap in plan.forward("s/forward").taps if tap.path == LOGITS)
-    metric = MetricPlan(
-        MetricNode("metric/acc", name="acc", op="accuracy", attrs=()),
-        (ForwardPlan("s/forward", "s", False, taps),),
-        (Run("s/forward"),),
-        (("student", "s/logits"), ("labels", "batch/labels")),
-    )
-    return replace(plan, metrics=(metric,), stage=replace(plan.stage, **stage))
+    student = next(node.info for node in plan.models if node.name == "s")
+    return replace(plan, metrics=(accuracy_plan(student),), stage=replace(plan.stage, **stage))
 
 
 def spec_of(*plans, runtime=()):
-    return SpecPlan(
-        tuple(
-            replace(plan, name=name, stage=replace(plan.stage, name=name, order=order, key=f"stage/{name}"))
-            for order, (name, plan) in enumerate(zip(("first", "second", "third"), plans, strict=False))
-        ),
-        runtime=tuple(runtime),
+    named = (
+        replace(plan, name=name, stage=replace(plan.stage, name=name, order=order, key=f"stage/{name}"))
+        for order, (name, plan) in enumerate(zip(("first", "second", "third"), plans, strict=False))
     )
+    return spec(*named, runtime=runtime)
