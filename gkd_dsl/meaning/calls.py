@@ -27,7 +27,7 @@ from gkd_dsl.syntax import ast
 LATER = {
     "keep", "ids", "rollout", "cached", "logit_cache", "bnb", "peft", "torchao",
 }  # fmt: skip
-"""Functions of passes, events, policies and generation: known to the checker, not run in this version."""
+"""Functions of what a later version runs: known to the checker."""
 
 DECLARED = {
     "hf": "a model: `teacher t = hf(...)`",

@@ -132,14 +132,14 @@ def rolled(ctx: Context, scope: Scope, tensor: Tensor, shift: int, expr: ast.Exp
         return tensor
     made = ctx.shared.get((f"roll.{shift}", tensor.key))
     if made is None:
-        made = operators.apply(ctx, scope, "roll", {"x": tensor}, {"by": shift}, expr)
-        assert isinstance(made, Tensor)
+        moved = operators.apply(ctx, scope, "roll", {"x": tensor}, {"by": shift}, expr)
+        assert isinstance(moved, Tensor)
         # It counts the tokens of the texts that it is of now.
         masks = set()
         for key in tensor.tokens:
             mask = Tensor(key, TensorType("int", (BATCH, LENGTH)), from_batch=True, tokens=frozenset({key}))
-            masks.add(made.key if key == tensor.key else rolled(ctx, scope, mask, shift, expr).key)
-        made = ctx.shared[f"roll.{shift}", tensor.key] = with_fields(made, tokens=frozenset(masks))
+            masks.add(moved.key if key == tensor.key else rolled(ctx, scope, mask, shift, expr).key)
+        made = ctx.shared[f"roll.{shift}", tensor.key] = with_fields(moved, tokens=frozenset(masks))
     return made
 
 
@@ -173,13 +173,15 @@ def _change(
         return _setting(ctx, scope, made, change)
     if isinstance(change, ast.AddTo):
         return _add(ctx, scope, made, change)
-    for inner, weight in _bound(ctx, scope, change) or [(None, None)]:
-        if inner is None or weight is None:
+    bound = _bound(ctx, scope, change)
+    for inner, weight in bound:
+        if isinstance(change, ast.Replace):
+            good = _replace(ctx, inner, made, change, weight)
+        else:
+            good = _swap(ctx, inner, made, change, weight)
+        if not good:
             return False
-        function = _replace if isinstance(change, ast.Replace) else _swap
-        if not function(ctx, inner, made, change, weight):  # type: ignore[arg-type]
-            return False
-    return True
+    return bool(bound)
 
 
 def _setting(ctx: Context, scope: Scope, made: _Making, setting: ast.Setting) -> bool:
@@ -203,19 +205,21 @@ def _setting(ctx: Context, scope: Scope, made: _Making, setting: ast.Setting) ->
     return True
 
 
-def _bound(ctx: Context, scope: Scope, change: ast.Replace | ast.Swap) -> list[tuple[Scope, schedules.Schedule]] | None:
-    """The scope of a change for each element of its `for`, and when the element counts."""
+def _bound(ctx: Context, scope: Scope, change: ast.Replace | ast.Swap) -> list[tuple[Scope, schedules.Schedule]]:
+    """The scope of a change for each element of its `for`, and when the element counts; none if reported."""
     from gkd_dsl.meaning.evaluate import elements, unpacked
 
     if change.over is None:
         return [(scope, ALWAYS)]
     binders, iterable = change.over
     over = elements(ctx, scope, ctx.evaluate(scope, iterable), iterable)
+    if over == []:
+        ctx.error(scope, "E0219", "this runs over nothing", iterable.span, "an empty list")
     found: list[tuple[Scope, schedules.Schedule]] = []
     for element, weight in over or ():
         bound = unpacked(ctx, scope, binders, element)
         if bound is None:
-            return None
+            return []
         found.append((scope.child(**bound), weight))
     return found
 

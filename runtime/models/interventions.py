@@ -109,7 +109,7 @@ def applied(made: Edits, place: Place, configs: Sequence[Any]) -> Iterator[None]
             module, _ = place(TapPath("hidden", index + 1))
             _not_checkpointed(stack, module)
             held = module.__dict__.get("forward")
-            module.forward = partial(_in_place, blocks, configs)  # type: ignore[method-assign]
+            module.forward = partial(_in_place, blocks, configs)
             stack.callback(_put_back, module, held)
             for block in blocks:
                 stack.enter_context(_evaluating(block))
@@ -126,7 +126,7 @@ def _put_back(module: nn.Module, held: Any) -> None:
     if held is None:
         del module.__dict__["forward"]
     else:
-        module.forward = held  # type: ignore[method-assign]
+        module.forward = held
 
 
 def _not_checkpointed(stack: ExitStack, module: nn.Module) -> None:

@@ -134,6 +134,8 @@ def test_a_pass_belongs_to_its_stage() -> None:
         ("pass x = s { swap hidden[0] from t.hidden[0] at t.logits > 0.5 }", "E0247"),
         ("pass x = s { swap hidden[0] from x.hidden[0] }", "E0242"),
         ("pass x = s { add embed = 1.0 }", "E0247"),
+        ("pass x = s { replace layer[i] with t.layer[i] for i in 0 ..< 0 }", "E0219"),
+        ("pass x = s { replace layer[i] with t.layer[i] for i in s.N }", "E0217"),
         ("pass x = s { add embed = s.logits }", "E0247"),
         ("pass x = s { add layer[0].mlp = s.layer[0].out }", "E0247"),
         ("pass x = s { grad = drop }", "E0402"),
