@@ -116,7 +116,7 @@ def settings_of(options: argparse.Namespace, digest: str) -> Settings:
     return Settings(
         encoder=options.encoder,
         steps=options.steps,
-        teacher_steps=2 * options.steps,
+        teacher_steps=options.steps + 4 if options.quick else 2 * options.steps,
         batch_size=options.batch,
         max_length=24 if options.quick else 48,
         lr=3e-4 if options.quick else 1e-4,
@@ -170,12 +170,15 @@ def store(file: Path, row: dict[str, Any]) -> None:
 
 
 def estimate(settings: Settings, options: argparse.Namespace, names: Sequence[str], tasks: int) -> None:
-    """Say how long the run will be: the time of a step like that of KD, times steps, and half as much again."""
+    """Say how long the run will be.
+
+    A training step of the teacher takes about as long as that of the mean method; a row takes some seconds besides.
+    """
     step = probe(settings)
     teachers = 4 * len(options.seeds) * settings.teacher_steps * step
-    seconds = (teachers + 1.5 * tasks * settings.steps * step) / options.jobs
+    seconds = (teachers + tasks * (settings.steps * step + 6.0)) / options.jobs
     if not options.no_timing:
-        seconds += 4.0 * len(names) * options.rounds * (options.timed_steps + 1) * step
+        seconds += len(names) * (options.rounds + 1) * (2.0 + 1.6 * (options.timed_steps + 1) * step)
     print(
         f"estimate: {seconds / 60:.0f} minutes ({step:.3f} s a step, {tasks} rows to do, {options.jobs} jobs)",
         flush=True,
@@ -193,7 +196,7 @@ def probe(settings: Settings) -> float:
     model = transformers.AutoModel.from_pretrained(locate(settings.encoder, offline=True), dtype=torch.float32)
     model = model.to(settings.device)
     optim = torch.optim.AdamW(model.parameters())
-    ids = torch.randint(1000, 2000, (settings.batch_size, settings.max_length // 2), device=settings.device)
+    ids = torch.randint(1000, 2000, (settings.batch_size, settings.max_length * 4 // 5), device=settings.device)
     times = []
     for _ in range(4):
         started = time.perf_counter()
