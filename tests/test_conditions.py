@@ -13,6 +13,7 @@ from gkd_dsl.schedules import (
     Comparison,
     Constant,
     CounterValue,
+    Draw,
     Logic,
     Not,
     Ramp,
@@ -170,3 +171,17 @@ def test_text_is_as_written():
     )
     assert str(AtCount("m/k", 1, (Recent("a", 2), Constant(0.0)))) == ("at k = 1: mean(a, last = 2 steps); at k = 2: 0")
     assert str(Comparison(">=", StageProgress("progress"), Constant(0.5))) == "(stage.progress >= 0.5)"
+
+
+def test_a_draw_is_uniform_follows_from_seed_name_and_step_and_stays_in_its_bounds():
+    draw = Draw(4, "x")
+    found = [draw.value(clock(step)) for step in range(4000)]
+    counts = [found.count(float(number)) for number in range(4)]
+    assert sum(counts) == 4000
+    assert all(abs(count - 1000) < 5 * (4000 * 0.25 * 0.75) ** 0.5 for count in counts)
+    assert found == [draw.value(clock(step, micro=3)) for step in range(4000)]
+    for other in (Draw(4, "y").value, lambda at: draw.value(clock(at.step, seed=1))):
+        assert found[:50] != [other(clock(step)) for step in range(50)]
+    assert bounds(draw) == (0.0, 3.0)
+    assert settled(Comparison("==", draw, Constant(4.0))) == Constant(0.0)
+    assert str(draw) == "draw(4, x)"
