@@ -20,7 +20,7 @@ from gkd_dsl.runtime.models.tapper import Tapper
 from gkd_dsl.runtime.policy import Policies, Policy
 from gkd_dsl.runtime.program import Env, Program, batch_keys, plain
 from gkd_dsl.runtime.step import Batch
-from gkd_dsl.runtime.teachers import run_taps
+from gkd_dsl.runtime.teachers.base import run_taps
 from gkd_dsl.schedules import Clock
 
 

@@ -23,7 +23,8 @@ from gkd_dsl.runtime.models.tapper import Tapper
 from gkd_dsl.runtime.ops.reduce import count_positions, reduce_loss
 from gkd_dsl.runtime.policy import Policies, Policy, make_policies
 from gkd_dsl.runtime.program import Env, Program, ShapeCheck, batch_keys
-from gkd_dsl.runtime.teachers import LiveTeachers, TeacherSource, run_taps
+from gkd_dsl.runtime.teachers.base import TeacherSource, run_taps
+from gkd_dsl.runtime.teachers.live import LiveTeachers
 from gkd_dsl.schedules import Clock
 from gkd_dsl.types import Dim
 

@@ -1,16 +1,14 @@
-"""Where the taps of models that a stage does not train come from."""
+"""Where the taps of models that a stage does not train come from: one interface, and the forward behind it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from gkd_dsl.graph.nodes import ModelNode
 from gkd_dsl.graph.plan import ForwardPlan
 from gkd_dsl.runtime.models.interventions import Edits
 from gkd_dsl.runtime.models.tapper import Tapper
@@ -51,24 +49,3 @@ def run_taps(
         paths = tuple(dict.fromkeys(tap.path for tap in forward.taps))
         values = tapper.run(inputs, paths, forward.stop_after, changes)
     return {tap.key: values[tap.path] for tap in forward.taps}
-
-
-class LiveTeachers:
-    """Models in memory, in eval mode. Their weights may be the targets of no gradient; it may flow through them."""
-
-    def __init__(self, nodes: Iterable[ModelNode], models: Mapping[str, PreTrainedModel]) -> None:
-        self.models = {node.name: models[node.name] for node in nodes}
-        self._tappers = {node.name: Tapper(models[node.name], node.info) for node in nodes}
-
-    def taps(
-        self, forward: ForwardPlan, inputs: Mapping[str, Tensor], env: Mapping[str, Tensor], changes: Edits
-    ) -> dict[str, Tensor]:
-        """The taps of one forward, by their keys; `env` holds what stands in for its inputs."""
-        model = self.models[forward.model]
-        if model.training:
-            model.eval()
-        return run_taps(self._tappers[forward.model], forward, inputs, env, changes)
-
-    def blocks(self, model: str, layers: Sequence[int]) -> Sequence[nn.Module]:
-        """Blocks of a model, to run in another's place."""
-        return self._tappers[model].blocks(layers)

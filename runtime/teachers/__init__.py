@@ -1,0 +1,1 @@
+"""Models that a stage does not train: in memory, elsewhere, or stored."""
