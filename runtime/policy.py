@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gkd_dsl.graph.nodes import PolicyNode
 from gkd_dsl.graph.plan import Apply, PolicyPlan
+from gkd_dsl.runtime import rows
 from gkd_dsl.runtime.errors import CHECKPOINT, NOT_FINITE, RunError
 from gkd_dsl.runtime.optim import LearningRate, make_optimizer
 from gkd_dsl.runtime.program import Env, generator
@@ -79,14 +80,15 @@ class Policy:
         The same step draws the same again. With `keep` they wait for their reward, unless gradients are off.
         """
         found = [env[key].detach().float() for slot, key in step.inputs if slot.isdigit()]
-        states = torch.stack(found, dim=1)
+        # Chosen for all rows on every process, so that all learn the same of them.
+        states = rows.whole(torch.stack(found, dim=1))
         with torch.no_grad(), torch.autocast(states.device.type, enabled=False):
             chance = self.selector(states).sigmoid()
         drawn = torch.rand(chance.shape, generator=generator(step.key, clock)).to(chance.device)
         actions = (drawn < chance).float()
         if keep and torch.is_grad_enabled():
             self._drawn.append((states, actions))
-        return actions
+        return rows.own(actions)
 
     def start(self) -> None:
         """Begin a step: choices of one that was given up are forgotten."""

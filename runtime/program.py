@@ -14,8 +14,12 @@ from torch import Tensor, nn
 from gkd_dsl.graph.nodes import AttrValue
 from gkd_dsl.graph.passes.liveness import made, reads
 from gkd_dsl.graph.plan import Apply, ForwardPlan, Free, Instruction, Run
+from gkd_dsl.ops.registry import lookup
+from gkd_dsl.ops.signature import compile_signature
+from gkd_dsl.runtime import rows
 from gkd_dsl.runtime.errors import CANNOT_RUN, SHAPES, RunError, out_of_memory
 from gkd_dsl.runtime.ops.registry import Operator, functions
+from gkd_dsl.runtime.ops.sparse import sparse_functions
 from gkd_dsl.schedules import Clock, Schedule
 from gkd_dsl.types import Dim, LossType, TensorType, ValueType
 
@@ -46,8 +50,10 @@ class Program:
         self._special = dict(special or {})
         table = functions()
         applied = {i.op for i in self.instructions if isinstance(i, Apply)} - self._special.keys()
-        self._functions: dict[str, Operator] = {op: table[op] for op in applied}
+        sparse = sparse_functions(sorted(applied))
+        self._functions: dict[str, Operator] = {op: sparse.get(op) or table[op] for op in applied}
         self._slots = {op: _accepted(function) for op, function in self._functions.items()}
+        self._related = {op for op in applied if _relates(op)}
         self._needed: dict[frozenset[str], tuple[Instruction, ...]] = {}
 
     def run(
@@ -92,10 +98,15 @@ class Program:
         if self._slots[step.op] is not None and self._takes(step.op, "generator"):
             attrs["generator"] = generator(step.key, clock)
         function = self._functions[step.op]
+        related = step.op in self._related and rows.current() is not None
+        if related:
+            inputs = {slot: _gathered(step.op, slot, value) for slot, value in inputs.items()}
         if step.op == "project":
             return function(**inputs, **attrs)
         if ":" in step.op:
             function = _in_words(step.op, function)
+        if related:
+            function = _own_rows(step, function)
         # A loss in bf16 would lose what separates student and teacher; only forwards and projections are cast.
         device = next((value.device.type for value in inputs.values() if isinstance(value, Tensor)), "cpu")
         if not torch.is_autocast_enabled(device):
@@ -149,6 +160,41 @@ def _in_words(name: str, function: Operator) -> Operator:
                 trace = trace.tb_next
             message = f"the operator `{name}` raised {type(error).__name__}: {error}"
             raise RunError(CANNOT_RUN, message, f"in line {line} of its file" if line else "") from error
+
+    return call
+
+
+@cache
+def _relates(op: str) -> bool:
+    """Whether a sample's result may hang on other samples, or on which of them it is: on drawn numbers."""
+    spec = lookup(op)
+    return spec is not None and (spec.across_samples or spec.random or ":" in op)
+
+
+@cache
+def _batch_slots(op: str) -> frozenset[str] | None:
+    """The slots of a user's operator whose first axis is the micro-batch; None, all of them, for others."""
+    if ":" not in op:
+        return None
+    spec = lookup(op)
+    found = {"valid"}
+    for text in spec.signatures if spec is not None else ():
+        found |= {slot.name for slot in compile_signature(text, op).slots if slot.dims[:1] == ("B",)}
+    return frozenset(found)
+
+
+def _gathered(op: str, slot: str, value: Any) -> Any:
+    slots = _batch_slots(op)
+    return rows.whole(value) if isinstance(value, Tensor) and (slots is None or slot in slots) else value
+
+
+def _own_rows(step: Apply, function: Operator) -> Operator:
+    """An operator over all rows that gives those of this process."""
+
+    def call(**arguments: Any) -> Tensor:
+        found = function(**arguments)
+        first = step.type.dims[0].name if step.type.dims else ""
+        return rows.own(found) if first == "B" else found
 
     return call
 

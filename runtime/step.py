@@ -15,6 +15,7 @@ from gkd_dsl import schedules
 from gkd_dsl.graph.nodes import ProjectNode, ReplaceBlock, TrainTarget
 from gkd_dsl.graph.plan import Apply, Counted, ForwardPlan, LossPlan, StagePlan
 from gkd_dsl.models.resolve import part_modules
+from gkd_dsl.runtime import rows
 from gkd_dsl.runtime.errors import CANNOT_RUN, SHAPES, RunError
 from gkd_dsl.runtime.gradients import Gradients
 from gkd_dsl.runtime.models.interventions import at_clock, edits
@@ -303,12 +304,17 @@ class StepModule(nn.Module):
     def _reducing(self, sums: dict[str, Tensor], env: Env, denominators: Denominators, check: ShapeCheck | None) -> Any:
         """What is done with each result: compare its shape, and reduce a loss at once, before its inputs are freed."""
 
+        share = rows.current()
+        idle = share is not None and share.idle
+
         def see(key: str, type: Any, value: Tensor) -> None:
             if check is not None:
                 check(key, type, value)
             counted = self._counted.get(key)
             if counted is not None:
                 sums[key] = _share(counted, value, env, denominators[key])
+                if idle:
+                    sums[key] = sums[key] * 0.0
                 if key not in self._read_again:
                     del env[key]
 

@@ -56,6 +56,7 @@ OPS: tuple[OpSpec, ...] = (
         positions="one sample, the vertex of its angles",
         masked=True,
         carries_dims=True,
+        across_samples=True,
     ),
     OpSpec(
         "anchor_angle",

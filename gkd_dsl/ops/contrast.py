@@ -21,5 +21,6 @@ OPS: tuple[OpSpec, ...] = (
         positions="one vector",
         masked=True,
         carries_dims=True,
+        across_samples=True,
     ),
 )

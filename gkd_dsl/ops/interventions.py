@@ -13,6 +13,7 @@ OPS: tuple[OpSpec, ...] = (
         ("roll(x: Tensor[B, ...], by: int = 1) -> Tensor[B, ...]",),
         "The rows of other samples: each gets that of the sample `by` places after it, the last ones the first.",
         "y_b = x_((b + by) mod B)",
+        across_samples=True,
     ),
     OpSpec(
         "random_spans",

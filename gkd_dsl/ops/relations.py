@@ -106,5 +106,6 @@ OPS: tuple[OpSpec, ...] = (
         positions="one sample",
         masked=True,
         carries_dims=True,
+        across_samples=True,
     ),
 )

@@ -23,6 +23,7 @@ class OpSpec:
     masked              takes the slot `valid` (Bool[B, L] or Bool[B]) besides its signature
     carries_dims        gets the attribute `dims`: the per-batch names of its positions, `*` for other axes
     random              draws numbers
+    across_samples      one sample's result hangs on the other samples of the micro-batch
     greater_is_better   for a metric
     """
 
@@ -37,4 +38,5 @@ class OpSpec:
     masked: bool = False
     carries_dims: bool = False
     random: bool = False
+    across_samples: bool = False
     greater_is_better: bool = True

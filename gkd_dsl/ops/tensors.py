@@ -180,6 +180,7 @@ OPS: tuple[OpSpec, ...] = (
         "Which of `bins` equal parts of the micro-batch a sample falls in, from the smallest values on; equal values "
         "keep their order.",
         "floor(bins * rank(x_b) / B), rank from 0",
+        across_samples=True,
     ),
     _binary("add", "Sum.", "a + b"),
     _binary("sub", "Difference.", "a - b"),

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gkd_dsl.graph.nodes import AttrValue, OptimSpec
+from gkd_dsl.runtime.processes import Processes
 from gkd_dsl.runtime.step import Batch, StepModule
 from gkd_dsl.schedules import Clock
 
@@ -59,6 +60,7 @@ class Backend(Protocol):
     """Runs the steps of one stage at a time."""
 
     device: torch.device
+    processes: Processes
 
     def place(self, model: PreTrainedModel) -> PreTrainedModel:
         """Bring a model to where it is run."""

@@ -12,10 +12,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gkd_dsl.graph.nodes import OptimSpec
+from gkd_dsl.runtime import rows
 from gkd_dsl.runtime.backends.base import Settings, StepResult
 from gkd_dsl.runtime.errors import CANNOT_RUN, NOT_FINITE, OUT_OF_MEMORY, RunError, out_of_memory
 from gkd_dsl.runtime.models.checkpointing import set_checkpointing
 from gkd_dsl.runtime.optim import make_optimizer
+from gkd_dsl.runtime.processes import Processes
+from gkd_dsl.runtime.rows import Share
 from gkd_dsl.runtime.step import Batch, StepModule, StepOutput
 from gkd_dsl.schedules import Clock
 
@@ -34,6 +37,7 @@ class LocalBackend:
     def __init__(self, settings: Settings | None = None) -> None:
         self.settings = settings if settings is not None else Settings()
         self.device = device_of(self.settings.device)
+        self.processes = Processes()
         self._step: StepModule | None = None
         self._optim: OptimSpec | None = None
         self._optimizer: torch.optim.Optimizer | None = None
@@ -119,6 +123,19 @@ class LocalBackend:
             raise RuntimeError("the backend holds no stage: call begin first")
         return self._step, self._optimizer, self._optim
 
+    def _share(self, batch: Batch) -> Share | None:
+        """The rows of this process; None for all of them."""
+        return None
+
+    def _join_gradients(self) -> None:
+        """Make the gradients those of all rows."""
+
+    def _forward(self, step: StepModule, batch: Batch, clock: Clock, denominators: Mapping[str, int]) -> StepOutput:
+        share = self._share(batch)
+        held = batch if share is None else {name: value[share.rows] for name, value in batch.items()}
+        with self.taps_context(), rows.shared(share):
+            return step(self.move(held), clock, denominators)
+
     def _train(
         self,
         step: StepModule,
@@ -135,8 +152,7 @@ class LocalBackend:
         total: Tensor | None = None
         step.policies.start()
         for number, batch in enumerate(batches):
-            with self.taps_context():
-                out = step(self.move(batch), replace(clock, micro=number), denominators)
+            out = self._forward(step, batch, replace(clock, micro=number), denominators)
             if out.loss.requires_grad:
                 out.loss.backward()
             weights = out.weights
@@ -147,12 +163,12 @@ class LocalBackend:
             del out
         if total is None:
             raise ValueError("a step needs a micro-batch")
+        self._join_gradients()
         parameters = [parameter for _, parameter in self._named]
         norm = _gradient_norm(parameters, total)
         # One transfer from the device for all numbers of the step.
-        *numbers, loss, size = torch.stack(
-            [v.double() for v in (*sums.values(), *watched.values(), total, norm)]
-        ).tolist()
+        *numbers, size = torch.stack([v.double() for v in (*sums.values(), *watched.values(), total, norm)]).tolist()
+        *numbers, loss = self.processes.sum(numbers)
         terms = dict(zip(sums, numbers, strict=False))
         seen = dict(zip(watched, numbers[len(sums) :], strict=True))
         if not (math.isfinite(loss) and math.isfinite(size)):
@@ -193,8 +209,7 @@ class LocalBackend:
         optimizer.zero_grad(set_to_none=True)
         term = None
         for number, batch in enumerate(batches):
-            with self.taps_context():
-                out = step(self.move(batch), replace(clock, micro=number), denominators)
+            out = self._forward(step, batch, replace(clock, micro=number), denominators)
             term = term or self._term_at_fault(out)
         subject = f"the gradient of loss `{term}`" if term else "the gradient"
         where = f" (first at `{parameter}`)" if parameter else ""
@@ -207,7 +222,7 @@ class LocalBackend:
             if not value.requires_grad:
                 continue
             found = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
-            if not all(_finite(gradient) for gradient in found):
+            if self.processes.any(not all(_finite(gradient) for gradient in found)):
                 return name
         return None
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gkd_dsl.graph.plan import ForwardPlan
+from gkd_dsl.runtime import rows
 from gkd_dsl.runtime.models.interventions import Edits
 from gkd_dsl.runtime.models.tapper import Tapper
 
@@ -42,7 +43,7 @@ def run_taps(
     """
     if forward.shift:
         # All that the model may read of a text: its token types and positions too.
-        inputs = {column: torch.roll(value, -forward.shift, 0) for column, value in inputs.items()}
+        inputs = {column: rows.own(rows.whole(value).roll(-forward.shift, 0)) for column, value in inputs.items()}
     inputs = {**inputs, **{column: env[key] for column, key in forward.inputs}}
     context: AbstractContextManager[None] = nullcontext() if forward.grad else torch.no_grad()
     with context:
