@@ -20,6 +20,7 @@ from gkd_dsl.runtime import rows
 from gkd_dsl.runtime.errors import CANNOT_RUN, SHAPES, RunError, out_of_memory
 from gkd_dsl.runtime.ops.registry import Operator, functions
 from gkd_dsl.runtime.ops.sparse import sparse_functions
+from gkd_dsl.runtime.ops.sparse import sparse_functions
 from gkd_dsl.schedules import Clock, Schedule
 from gkd_dsl.types import Dim, LossType, TensorType, ValueType
 
