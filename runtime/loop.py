@@ -189,7 +189,7 @@ class StageLoop:
         """Every metric before the first step, so that a run can say what the stage changed."""
         names = tuple(dict.fromkeys(name for spec in self.stage.evaluate for name in spec.metrics))
         if names:
-            found = self._evaluator(names, self.loader.held_out(), self.backend, self.clock)
+            found = self._metrics(names)
             for listener in self._listeners:
                 listener.on_evaluate(EvaluateRecord(self.plan.name, 0, found))
 
@@ -206,7 +206,7 @@ class StageLoop:
         )
         if not names:
             return False
-        found = self._evaluator(names, self.loader.held_out(), self.backend, self.clock)
+        found = self._metrics(names)
         best, chosen = False, self.stage.keep_best
         if chosen in found and not math.isnan(found[chosen]):
             value = found[chosen]
@@ -220,11 +220,17 @@ class StageLoop:
             listener.on_evaluate(record)
         return best
 
+    def _metrics(self, names: Sequence[str]) -> dict[str, float]:
+        """The metrics over the held-out set; the last bit of the first process decides for all."""
+        found = self._evaluator(names, self.loader.held_out(), self.backend, self.clock)
+        return self.backend.processes.told(found)
+
     def _due_for_saving(self, before: Clock) -> bool:
         every = self.stage.checkpoint_every
         if every is not None:
             return self._passed(every, before)
-        return time.monotonic() - self._saved_at > 60.0 * _MINUTES_BETWEEN_CHECKPOINTS
+        late = time.monotonic() - self._saved_at > 60.0 * _MINUTES_BETWEEN_CHECKPOINTS
+        return self.backend.processes.any(late)
 
     def _passed(self, every: Span, before: Clock) -> bool:
         """Whether this step ended one of the stretches of length `every`."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from gkd_dsl.meaning.check import Checked
+from gkd_dsl.runtime.backends.base import Settings
+from gkd_dsl.runtime.backends.local import LocalBackend
 from gkd_dsl.runtime.checkpoint import Position
 from gkd_dsl.runtime.errors import CANNOT_RUN, CHECKPOINT, RunError
 from gkd_dsl.runtime.evaluate import Evaluator
@@ -20,7 +22,10 @@ _NAMES = ("last", "best")
 def _open(checked: Checked, folder: Path, checkpoint: str) -> tuple[Run, Position]:
     if checkpoint not in _NAMES:
         raise RunError(CHECKPOINT, f"there is no checkpoint `{checkpoint}`", "it is `last` or `best`")
-    run = Run(plan_of(checked), folder=RunFolder.open(folder), root=checked.root)
+    # A checkpoint is the same from every backend, and one process is enough to read it.
+    plan = plan_of(checked)
+    backend = LocalBackend(Settings.of(plan.runtime))
+    run = Run(plan, folder=RunFolder.open(folder), root=checked.root, backend=backend)
     return run, run.restore(checkpoint)
 
 

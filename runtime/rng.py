@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import base64
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 
-def seed_all(seed: int) -> None:
-    """Seed Python, NumPy, torch and every GPU."""
+def seed_all(seed: int, rank: int = 0) -> None:
+    """Seed Python, NumPy, torch and every GPU; each process of a run draws other numbers."""
+    seed = (seed + rank * 1_000_003) % 2**63
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -25,8 +27,22 @@ def get_state() -> dict[str, Any]:
         "python": [version, list(inner), gauss],
         "numpy": [kind, np.asarray(keys).tolist(), int(position), int(has_gauss), float(cached)],
         "torch": _text(torch.get_rng_state()),
-        "cuda": [_text(state) for state in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else [],
+        "cuda": [_text(torch.cuda.get_rng_state(device)) for device in _gpus()],
     }
+
+
+def together(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The states of all processes as one: that of the first, and the others in it."""
+    return {**states[0], "others": list(states[1:])} if len(states) > 1 else states[0]
+
+
+def set_states(state: dict[str, Any], rank: int, seed: int) -> None:
+    """Put the generators of one process back; a process that was not there is seeded anew."""
+    others = state.get("others", [])
+    if rank > len(others):
+        seed_all(seed, rank)
+    else:
+        set_state(others[rank - 1] if rank else state)
 
 
 def set_state(state: dict[str, Any]) -> None:
@@ -36,9 +52,16 @@ def set_state(state: dict[str, Any]) -> None:
     kind, keys, position, has_gauss, cached = state["numpy"]
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
     torch.set_rng_state(_tensor(state["torch"]))
-    if torch.cuda.is_available():
-        for device, saved in enumerate(state["cuda"][: torch.cuda.device_count()]):
-            torch.cuda.set_rng_state(_tensor(saved), device)
+    for device, saved in zip(_gpus(), state["cuda"], strict=False):
+        torch.cuda.set_rng_state(_tensor(saved), device)
+
+
+def _gpus() -> list[int]:
+    """The GPUs of this process: its own where there are several processes."""
+    if not torch.cuda.is_available():
+        return []
+    together = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return [torch.cuda.current_device()] if together else list(range(torch.cuda.device_count()))
 
 
 def _text(state: torch.Tensor) -> str:

@@ -16,6 +16,7 @@ from gkd_dsl.graph.passes import compile_plan
 from gkd_dsl.graph.plan import Apply, SpecPlan, StagePlan
 from gkd_dsl.meaning.check import Checked
 from gkd_dsl.meaning.resolved import resolved_text
+from gkd_dsl.runtime.backends.make import make_backend
 from gkd_dsl.runtime.compare import Comparison, compare
 from gkd_dsl.runtime.errors import CANNOT_RUN, RunError
 from gkd_dsl.runtime.export import export
@@ -82,8 +83,13 @@ def run_spec(
     to stop.
     """
     plan = plan_of(checked)
+    backend = make_backend(plan)
+    processes = backend.processes
     if resume:
-        folder = RunFolder.open(out if out is not None else newest(name))
+        # One process finds the newest folder: another may see a newer one.
+        folder = RunFolder.open(processes.told(out if out is not None else newest(name)))
+    elif not processes.main:
+        folder = RunFolder(processes.told(Path()))
     else:
         folder = RunFolder.create(name, out=out)
         folder.write_spec(resolved_text(checked))
@@ -96,8 +102,11 @@ def run_spec(
                 "gkd_dsl": version("gkd-dsl"),
             },
         )
-    run = Run(plan, folder=folder, root=checked.root, listeners=listeners)
+        processes.told(folder.path)
+    run = Run(plan, folder=folder, root=checked.root, listeners=listeners if processes.main else (), backend=backend)
     result = run.run(resume=resume)
+    if not processes.main:
+        return Outcome(folder.path, {}, result.metrics, {}, None, result)
     return finish(checked, plan, folder, run, result, measure=measure)
 
 

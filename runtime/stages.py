@@ -16,8 +16,8 @@ from gkd_dsl.graph.plan import SpecPlan, StagePlan
 from gkd_dsl.models.describe import describe
 from gkd_dsl.models.info import ModelInfo
 from gkd_dsl.runtime import checkpoint, rng
-from gkd_dsl.runtime.backends.base import Backend, Settings
-from gkd_dsl.runtime.backends.local import LocalBackend
+from gkd_dsl.runtime.backends.base import Backend
+from gkd_dsl.runtime.backends.make import make_backend
 from gkd_dsl.runtime.checkpoint import Position, State
 from gkd_dsl.runtime.errors import CANNOT_RUN, CHECKPOINT, RunError, Stopped
 from gkd_dsl.runtime.evaluate import Evaluator
@@ -65,13 +65,10 @@ class Run:
         loaders: Loaders | None = None,
         models: Mapping[str, PreTrainedModel] | None = None,
     ) -> None:
-        if plan.backend != "local":
-            raise RunError(
-                CANNOT_RUN, f"the backend `{plan.backend}` is not in this version", "write `backend = local`"
-            )
         self.plan, self.folder, self.root = plan, folder, root if root is not None else Path.cwd()
         load_extensions(plan, self.root)
-        self.backend: Backend = backend if backend is not None else LocalBackend(Settings.of(plan.runtime))
+        self.backend: Backend = backend if backend is not None else make_backend(plan)
+        self.processes = self.backend.processes
         self.models: dict[str, PreTrainedModel] = {
             name: self.backend.place(model) for name, model in (models or {}).items()
         }
@@ -94,7 +91,7 @@ class Run:
         state = self._resumed() if resume else None
         with ExitStack() as stack:
             listeners = [*self._listeners, self._metrics]
-            if self.folder is not None:
+            if self.folder is not None and self.processes.main:
                 if not resume:
                     self.folder.write_json(_PLAN, self._fingerprint)
                 begun = Position("", -1) if resume else None
@@ -102,6 +99,7 @@ class Run:
             for listener in listeners:
                 stack.callback(listener.close)
             stop = stack.enter_context(StopRequest())
+            self.processes.wait()
             if state is not None and self.folder is not None:
                 for record in evaluations(self.folder):
                     self._metrics.on_evaluate(record)
@@ -122,7 +120,9 @@ class Run:
     def loader(self, plan: StagePlan) -> Loader:
         """The batches of a stage."""
         if plan.name not in self.loaders:
-            self.loaders[plan.name] = self._given(plan) if self._given is not None else _loader(plan, self.root)
+            # What the first process has read and tokenised, the others find in the cache.
+            with self.processes.main_first():
+                self.loaders[plan.name] = self._given(plan) if self._given is not None else _loader(plan, self.root)
         return self.loaders[plan.name]
 
     def model(self, name: str) -> PreTrainedModel:
@@ -170,7 +170,7 @@ class Run:
             else:
                 for policy in self.policies.values():
                     policy.forget()
-                if self.folder is not None:
+                if self.folder is not None and self.processes.main:
                     self.folder.checkpoints.drop_best()
             record = StageRecord(
                 plan.name,
@@ -195,16 +195,16 @@ class Run:
                 listeners=listeners,
                 save=self._save,
                 restore_best=self._restore_best,
-                stopping=lambda: stop.asked,
+                stopping=lambda: self.processes.any(stop.asked),
             )
             # The last thing before the first step, so that nothing above draws from these generators.
             if state is not None:
-                rng.set_state(state.rng)
+                rng.set_states(state.rng, self.processes.rank, plan.stage.seed + position.step)
             else:
-                rng.seed_all(plan.stage.seed)
+                rng.seed_all(plan.stage.seed, self.processes.rank)
             ended = loop.run()
             last = all(stage.stage.order <= plan.stage.order for stage in self.plan.stages)
-            if not ended or (stop.asked and not last):
+            if not ended or (not last and self.processes.any(stop.asked)):
                 folder = self.folder.path if self.folder is not None else None
                 raise Stopped(plan.name, position.step, length.total_steps, folder)
         finally:
@@ -255,10 +255,11 @@ class Run:
             for name, policy in self.policies.items()
             for what, value in policy.tensors().items()
         }
-        state = State(
-            position, models, blocks, self.backend.optimizer_state(), rng.get_state(), self._fingerprint, policies
-        )
-        self.folder.checkpoints.save(state, best=best)
+        generators = rng.together(self.processes.gathered(rng.get_state()))
+        state = State(position, models, blocks, self.backend.optimizer_state(), generators, self._fingerprint, policies)
+        if self.processes.main:
+            self.folder.checkpoints.save(state, best=best)
+        self.processes.wait()
 
     def _restore_best(self, position: Position) -> None:
         """Put the weights of the best evaluation of the stage back."""

@@ -39,7 +39,7 @@ STAGE: Mapping[str, SettingRule] = {
 }
 
 RUNTIME: Mapping[str, SettingRule] = {
-    "backend": SettingRule("word", "where it runs", ("local", "ddp", "gemini"), later=("ddp", "gemini")),
+    "backend": SettingRule("word", "where it runs", ("local", "ddp", "gemini"), later=("gemini",)),
     "precision": SettingRule("word", "precision of the forwards", ("fp32", "bf16")),
     "device": SettingRule("word", "the device", ("auto", "cpu", "cuda")),
     "checkpoint": SettingRule("bool", "gradient checkpointing: recompute activations in the backward"),
