@@ -100,7 +100,7 @@ def arguments() -> argparse.Namespace:
     options = parser.parse_args()
     gpu = options.device == "cuda"
     options.seeds = options.seeds or ([0] if options.quick else [0, 1, 2])
-    options.steps = options.steps or (20 if options.quick else 600 if gpu else 200)
+    options.steps = options.steps or (12 if options.quick else 600 if gpu else 200)
     options.batch = options.batch or (32 if gpu and not options.quick else 16)
     options.jobs = options.jobs or (8 if gpu else os.cpu_count() or 1)
     options.no_timing = options.no_timing or options.quick
