@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from gkd_dsl.cli.options import FAULT, Json, Sets, Spec, checked, colored, fail, overrides, require_ok
+from gkd_dsl.cli.options import FAULT, USAGE, Json, Sets, Spec, checked, colored, fail, overrides, require_ok
 from gkd_dsl.diagnostics import SpecError
 from gkd_dsl.diagnostics.render import render_text
 
@@ -59,10 +59,16 @@ def run(
         bool, typer.Option("--resume", help="go on with the newest run of this spec, or the one in --out")
     ] = False,
     offline: Annotated[bool, typer.Option("--offline", help="never ask the model hub")] = False,
+    processes: Annotated[
+        int, typer.Option("--processes", min=1, max=1024, help="share every micro-batch out over N processes")
+    ] = 1,
     json: Json = False,
 ) -> None:
     """Check a spec, run its stages, export the student."""
     import os
+
+    ranked = os.environ.get("WORLD_SIZE") not in (None, "1")
+    main = not ranked or os.environ.get("RANK") == "0"
 
     if offline:
         os.environ["HF_HUB_OFFLINE"] = "1"
@@ -72,6 +78,10 @@ def run(
         params = _params_of(name, out)
     result = checked(spec, [f"{key}={value}" for key, value in params.items()], online=not offline)
     require_ok(result)
+    if processes > 1:
+        if ranked:
+            fail("this process is one of several already: leave out `--processes`", USAGE)
+        _launch(spec, params, processes, out=out, resume=resume, offline=offline, json=json)
     with _in_words():
         from rich.console import Console
 
@@ -83,7 +93,22 @@ def run(
         outcome = run_spec(
             result, name=name, params=params, out=out, resume=resume, listeners=[Progress(Console(stderr=True))]
         )
-    _report(result, outcome, json=json)
+    if main:
+        _report(result, outcome, json=json)
+
+
+def _launch(
+    spec: str, params: dict[str, str], processes: int, *, out: Path | None, resume: bool, offline: bool, json: bool
+) -> NoReturn:
+    """Run in several processes, and end as they end."""
+    from gkd_dsl.cli.launch import arguments_of, launch
+
+    words = arguments_of(spec, params, out=out, resume=resume, offline=offline, json=json)
+    code, told = launch(words, processes)
+    if told:
+        typer.echo(f"error: {told}", err=True)
+        typer.echo("   = the last checkpoint is whole: go on with `--resume`", err=True)
+    raise typer.Exit(code)
 
 
 def _params_of(name: str, out: Path | None) -> dict[str, str]:
