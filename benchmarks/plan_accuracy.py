@@ -1,0 +1,210 @@
+"""What `gkd plan` says of memory, beside the memory that a step takes.
+
+Each spec is checked and planned from its configs; then its models are made with random weights, one step is run so that
+the optimiser's state is there, and the second is measured. On the CPU the bytes of all tensors that live before it are
+counted, and the allocations of the profiler on top; with `--device cuda` it is the peak that torch's allocator reports.
+One row of every batch is shorter than the others, so that there is padding.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from common import parser, report, table
+from methods_table_cost import living, most
+
+from gkd_dsl.graph.passes import compile_plan
+from gkd_dsl.graph.plan import StagePlan
+from gkd_dsl.meaning.check import check_path
+from gkd_dsl.planning.estimate import estimate_stage
+from gkd_dsl.planning.layout import Setup
+from gkd_dsl.planning.machine import Machine
+from gkd_dsl.planning.units import in_bytes
+from gkd_dsl.runtime.backends.base import Settings
+from gkd_dsl.runtime.backends.local import LocalBackend
+from gkd_dsl.runtime.models.load import load
+from gkd_dsl.runtime.step import StepModule, make_projections
+from gkd_dsl.schedules import Clock
+
+GOAL = 0.10
+
+
+@dataclass(frozen=True)
+class Case:
+    """A spec: its models, its losses, a micro-batch, and its runtime block."""
+
+    name: str
+    family: str
+    losses: Mapping[str, str]
+    rows: int = 8
+    length: int = 128
+    accumulate: int = 1
+    runtime: str = ""
+    teachers: int = 1
+    task: str = "classification"
+    projects: bool = False
+
+
+HIDDEN = "mean(mse(s.layer[i].out |> W <- t.layer[j].out) for (i, j) in uniform(s.layer, t.layer))"
+ATTENTION = (
+    "mean(attention_kl(s.layer[i].attn.scores <- t.layer[j].attn.scores) for (i, j) in uniform(s.layer, t.layer))"
+)
+SOFT = {"hard": "cross_entropy(s.logits, batch.labels)", "soft": "kl(s.logits <- t.logits, temperature = 2.0)"}
+CASES = (
+    Case("BERT, logits", "bert", SOFT),
+    Case("BERT, hidden taps", "bert", {**SOFT, "hid": HIDDEN}, projects=True),
+    Case("BERT, attention taps", "bert", {**SOFT, "attn": ATTENTION}),
+    Case("BERT, hidden taps, checkpointing", "bert", {"hid": HIDDEN}, 16, runtime="checkpoint = true", projects=True),
+    Case("BERT, 32 x 64 tokens, two micro-batches", "bert", SOFT, 32, 64, accumulate=2),
+    Case("BERT, 4 x 384 tokens", "bert", SOFT, 4, 384),
+    Case("BERT, two teachers", "bert", {**SOFT, "two": "kl(s.logits <- t1.logits)"}, teachers=2),
+    Case("DistilBERT, masked tokens", "distilbert", SOFT, 8, 96, task="masked_lm"),
+    Case("GPT-2, next token", "gpt2", SOFT, 4, 128, task="causal_lm"),
+    Case("Llama, next token", "llama", SOFT, 4, 128, task="causal_lm"),
+    Case("Llama, next token, hidden taps, checkpointing", "llama", {**SOFT, "hid": HIDDEN}, 4, 256,
+         runtime="checkpoint = true", task="causal_lm", projects=True),
+    Case("Llama, generalized JSD", "llama", {"soft": "jsd(s.logits <- t.logits)"}, 4, 128, task="causal_lm"),
+    Case("Llama, next token, bf16", "llama", SOFT, 4, 128, runtime="precision = bf16", task="causal_lm"),
+)  # fmt: skip
+
+
+def config(family: str, layers: int, width: int, quick: bool) -> dict[str, Any]:
+    """A config of a family: `layers` x `width`; teacher and student have as many heads."""
+    heads = 2 if quick else 6
+    words = 2000 if quick else 8000
+    if family == "distilbert":
+        sizes = {"dim": width, "n_layers": layers, "n_heads": heads, "hidden_dim": 4 * width}
+    elif family == "gpt2":
+        sizes = {"n_embd": width, "n_layer": layers, "n_head": heads}
+    else:
+        sizes = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
+        sizes |= {"intermediate_size": (3 if family == "llama" else 4) * width}
+        if family == "llama":
+            sizes |= {"num_key_value_heads": heads // 2}
+    return {"model_type": family, "vocab_size": words, "pad_token_id": 0, **sizes}
+
+
+def write(case: Case, folder: Path, quick: bool) -> Path:
+    """The spec and the configs of a case."""
+    width = 64 if quick else 192
+    teachers = ["t", *(f"t{i}" for i in range(1, case.teachers))]
+    for name, layers, wide in (*((t, 6, 2 * width) for t in teachers), ("s", 3, width)):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "config.json").write_text(json.dumps(config(case.family, layers, wide, quick)))
+    head = "num_labels = 3" if case.task == "classification" else f"task = {case.task}"
+    lines = ["gkd 1", *(f'teacher {t} = random_init("./{t}", {head})' for t in teachers)]
+    lines += [f'student s = random_init("./s", {head})']
+    source = 'csv(rows, text = "text", label = "label")' if case.task == "classification" else "text(rows)"
+    lines += ['param rows: text "never read: batches are drawn"', f"data d = {source}"]
+    lines += ["project W = linear(s.H -> t.H)"] if case.projects else []
+    lines += [f"loss {name} = {text}" for name, text in case.losses.items()]
+    rows = case.rows // 2 if quick else case.rows
+    lines += ["stage main for 1 epochs {", f"  minimize {' + '.join(case.losses)}", f"  batch_size = {rows}"]
+    lines += [f"  accumulate = {case.accumulate}", f"  max_length = {case.length}", "}"]
+    lines += ["runtime {", f"  {case.runtime}", "}"] if case.runtime else []
+    path = folder / "spec.gkd"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def batches(stage: StagePlan, words: int) -> list[dict[str, torch.Tensor]]:
+    """The micro-batches of a step."""
+    node, rows, length = stage.stage, stage.stage.batch_size, stage.stage.max_length or 1
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for _ in range(node.accumulate):
+        ids = torch.randint(3, words, (rows, length), generator=generator)
+        mask = torch.ones_like(ids)
+        mask[-1, length - 2 :] = 0
+        one_each = all(model.info.task == "classification" for model in stage.models)
+        labels = torch.randint(0, 3, (rows,), generator=generator) if one_each else ids.masked_fill(mask == 0, -100)
+        found.append({"input_ids": ids * mask, "attention_mask": mask, "labels": labels})
+    return found
+
+
+def measure(case: Case, folder: Path, device: str, quick: bool) -> dict[str, Any]:
+    """A case planned and run."""
+    checked = check_path(write(case, folder, quick))
+    if not checked.ok:
+        raise SystemExit(f"{case.name}: {[d.message for d in checked.diagnostics]}")
+    plan = compile_plan(checked.graph, runtime=checked.runtime)
+    stage = plan.stages[0]
+    kind = "cuda" if device == "cuda" else "cpu"
+    planned = estimate_stage(stage, Machine(1, 2**40, 2**40, kind=kind), Setup.of(plan))  # type: ignore[arg-type]
+    backend = LocalBackend(Settings.of((*plan.runtime, ("device", device))))
+    models = {node.name: backend.place(load(node.info, seed=1)) for node in stage.models}
+    step = StepModule(stage, models, make_projections(stage.projections))
+    backend.begin(step, stage.stage.optim)
+    words = next(node.info.size("V") or 8 for node in stage.models)
+    made = batches(stage, words)
+    backend.step(made, Clock(0, 4, 4.0), 1e-4)
+    found = peak(backend, made)
+    backend.end()
+    return {
+        "case": case.name,
+        "planned": planned.device_bytes,
+        "measured": found,
+        "ratio": planned.device_bytes / found,
+        "parts": dict(planned.device),
+        "moment": planned.moment,
+    }
+
+
+def peak(backend: LocalBackend, made: Sequence[dict[str, torch.Tensor]]) -> int:
+    """The most bytes while a step runs."""
+    gc.collect()
+    if backend.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        backend.step(made, Clock(1, 4, 4.0), 1e-4)
+        return torch.cuda.max_memory_allocated()
+    before = living()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
+        backend.step(made, Clock(1, 4, 4.0), 1e-4)
+    return before + most(seen)
+
+
+def main() -> None:
+    options_ = parser(__doc__)
+    options_.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    options_.add_argument("--only", help="cases whose name has this word")
+    options_.add_argument("--threads", type=int, default=1)
+    options = options_.parse_args()
+    torch.set_num_threads(options.threads)
+    found = []
+    for case in CASES:
+        if options.only and options.only not in case.name:
+            continue
+        with TemporaryDirectory() as place:
+            row = measure(case, Path(place), options.device, options.quick)
+        gc.collect()
+        found.append(row)
+        print(f"{row['case']:48} {row['ratio']:.3f}  {row['moment']}  {row['parts']}", flush=True)
+    rows = [
+        [row["case"], in_bytes(row["planned"]), in_bytes(row["measured"]), f"{row['ratio']:.3f}", row["moment"]]
+        for row in found
+    ]
+    body = table(["spec", "planned", "measured", "planned over measured", "where the plan has its peak"], rows)
+    outside = [row["case"] for row in found if abs(row["ratio"] - 1) > GOAL]
+    body += f"\n\nWithin 10 %: {len(found) - len(outside)} of {len(found)}."
+    if outside:
+        body += f" Outside: {'; '.join(outside)}."
+    settings = {
+        "device": options.device,
+        "threads": options.threads,
+        "models": "teacher 6 x 384, student 3 x 192, 8,000 words, random weights"
+        if not options.quick
+        else "miniature models: a smoke run, not a measurement",
+    }
+    name = "plan_accuracy" if options.device == "cpu" else f"plan_accuracy_{options.device}"
+    report(name, options.out, "Planned memory beside measured memory", settings, body, found, quick=options.quick)
+
+
+if __name__ == "__main__":
+    main()

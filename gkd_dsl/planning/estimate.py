@@ -1,0 +1,253 @@
+"""What a spec needs of a machine: by model, by part of memory, by step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+from gkd_dsl.graph.nodes import ModelNode
+from gkd_dsl.graph.plan import SpecPlan, StagePlan
+from gkd_dsl.planning import parameters
+from gkd_dsl.planning.blocks import Shape
+from gkd_dsl.planning.layout import Placed, Setup, Trained, frozen, trained
+from gkd_dsl.planning.ledger import Ledger
+from gkd_dsl.planning.machine import Machine
+from gkd_dsl.planning.simulate import Micro, Model, depth
+from gkd_dsl.planning.work import Work, work
+
+ROOM = 0.05
+"""The share of a device's memory that is left for its runtime and for gaps between tensors."""
+
+_LENGTH = 128
+
+
+@dataclass(frozen=True)
+class StageEstimate:
+    """One stage on a machine.
+
+    models   each model and where it lives
+    beside   parameters of projections and policies
+    device   peak bytes of each device, by part, and at which moment
+    host     peak bytes of the host, by part
+    """
+
+    name: str
+    models: tuple[Placed, ...]
+    beside: tuple[tuple[str, int], ...]
+    rows: int
+    micro: int
+    length: int
+    device: tuple[tuple[str, int], ...]
+    moment: str
+    host: tuple[tuple[str, int], ...]
+    work: Work
+
+    @property
+    def device_bytes(self) -> int:
+        """The peak of a device."""
+        return sum(count for _, count in self.device)
+
+    @property
+    def host_bytes(self) -> int:
+        """The peak of the host."""
+        return sum(count for _, count in self.host)
+
+    def fits(self, machine: Machine) -> bool:
+        """Whether the machine has that much; without a GPU both are in one memory."""
+        if machine.kind == "cpu":
+            return self.device_bytes + self.host_bytes <= (1 - ROOM) * machine.host_memory
+        return (
+            self.device_bytes <= (1 - ROOM) * machine.device_memory
+            and self.host_bytes <= (1 - ROOM) * machine.host_memory
+        )
+
+    def as_dict(self, machine: Machine) -> dict[str, object]:
+        """For JSON."""
+        return {
+            "stage": self.name,
+            "models": [asdict(model) for model in self.models],
+            "beside": dict(self.beside),
+            "rows": self.rows,
+            "micro_batches": self.micro,
+            "length": self.length,
+            "device_bytes": self.device_bytes,
+            "device": dict(self.device),
+            "moment": self.moment,
+            "host_bytes": self.host_bytes,
+            "host": dict(self.host),
+            "flops": dict(self.work.flops),
+            "link_bytes": dict(self.work.link),
+            "between_bytes": dict(self.work.between),
+            "compute_seconds": self.work.compute_seconds(machine),
+            "link_seconds": self.work.link_seconds(machine),
+            "seconds": self.work.seconds(machine),
+            "fits": self.fits(machine),
+        }
+
+
+def estimate(plan: SpecPlan, machine: Machine, setup: Setup | None = None) -> tuple[StageEstimate, ...]:
+    """Every stage of a plan on a machine, as its runtime block says, or as `setup` does."""
+    chosen = setup if setup is not None else Setup.of(plan)
+    return tuple(estimate_stage(stage, machine, chosen) for stage in plan.stages)
+
+
+def estimate_stage(
+    stage: StagePlan, machine: Machine, setup: Setup, *, rows: int | None = None, length: int | None = None
+) -> StageEstimate:
+    """One stage on a machine; `rows` and `length` of a micro-batch are those of the stage unless given."""
+    shape = Shape(
+        rows if rows is not None else setup.rows(stage.stage, machine),
+        length if length is not None else length_of(stage),
+        setup.half,
+        machine.kind == "cpu",
+    )
+    models = {node.name: _model(stage, node, setup, machine) for node in stage.models}
+    beside = {node.name: parameters.projection(node) for node in stage.projections}
+    beside |= {item.node.name: parameters.policy(item.node) for item in stage.policies}
+    ledger = _device(stage, models, beside, setup, machine, shape)
+    return StageEstimate(
+        stage.name,
+        tuple(model.placed for model in models.values()),
+        tuple(beside.items()),
+        shape.rows,
+        setup.micro(stage.stage),
+        shape.length,
+        tuple(ledger.parts().items()),
+        ledger.moment,
+        tuple(_host(models, setup, machine).items()),
+        work(stage, models, setup, shape, machine),
+    )
+
+
+def length_of(stage: StagePlan) -> int:
+    """Tokens of a text: what the stage says, else its source, else 128; no more than the models have positions for."""
+    source = stage.stage.source
+    said = stage.stage.max_length or (source.arg("max_length") if source is not None else None)
+    length = int(said) if isinstance(said, int) else _LENGTH
+    most = [
+        found
+        for node in stage.models
+        for name in ("max_position_embeddings", "n_positions")
+        if isinstance(found := parameters.config_value(node.info, name), int)
+    ]
+    return min([length, *most])
+
+
+def _model(stage: StagePlan, node: ModelNode, setup: Setup, machine: Machine) -> Model:
+    what = trained(stage, node)
+    if not what.count:
+        return Model(node, what, frozen(node, setup, machine, _share(stage, node)))
+    found = parameters.parameters(node.info)
+    count = found.count
+    if setup.backend != "gemini":
+        return Model(node, what, Placed(node.name, "resident", count, what.count, 4 * count, exact=found.exact))
+    ranks = setup.ranks(machine)
+    own = count / ranks if setup.shard_param_frac > 0 else count
+    away = setup.offload_param_frac
+    block = parameters.part(node.info, "layer.0").count if found.exact else found.largest
+    placed = Placed(
+        node.name, "gemini", count, what.count, round(2 * own * (1 - away)), round(2 * own * away * ranks),
+        2 * max(2 * block, found.largest), round(2 * own * away),
+        round(2 * count * (ranks - 1) / ranks) if setup.shard_param_frac > 0 else 0, found.exact,
+    )  # fmt: skip
+    return Model(node, what, placed)
+
+
+def _share(stage: StagePlan, node: ModelNode) -> float:
+    """The share of a model's weights that its forwards need: of the blocks that run, and of the head where it does."""
+    found = parameters.parameters(node.info)
+    ran = [forward for forward in stage.forwards if forward.model == node.name]
+    if not ran or not found.exact or not found.count:
+        return 1.0
+    layers = node.info.size("N") or 0
+    most = max(depth(forward, node) for forward in ran)
+    left = (layers - most) * (parameters.part(node.info, "layer.0").count if layers else 0)
+    head = any(tap.path.kind == "logits" for forward in ran for tap in forward.taps)
+    if not head and node.info.task != "encoder" and not parameters.tied(node.info):
+        left += parameters.part(node.info, "head").count
+    return max(0.0, 1 - left / found.count)
+
+
+def _device(
+    stage: StagePlan,
+    models: Mapping[str, Model],
+    beside: Mapping[str, int],
+    setup: Setup,
+    machine: Machine,
+    shape: Shape,
+) -> Ledger:
+    ledger = Ledger()
+    extra = sum(beside.values())
+    gemini, ranks = setup.backend == "gemini", setup.ranks(machine)
+    for model in models.values():
+        ledger.add("chunks" if model.placed.where == "gemini" else "weights", model.placed.device)
+    ledger.add("weights", (2 if gemini else 4) * extra)
+    optimised = sum(model.trained.count for model in models.values()) + extra
+    optim = stage.stage.optim
+    moments = 2 if optim.name == "adamw" else 1 if optim.momentum else 0
+    if gemini:
+        state = 4 * (1 + moments) * optimised / ranks * (1 - setup.offload_optim_frac)
+    else:
+        state = 4 * moments * optimised
+    ledger.add("optimizer", state)
+    columns = 8 * len(stage.columns) * shape.tokens * setup.micro(stage.stage)
+    ledger.add("activations", columns)
+    micro = setup.micro(stage.stage)
+    for number in range(min(2, micro)):
+        _micro(stage, models, setup, shape, ledger, extra, grown=number > 0)
+    _optimize(ledger, models, stage, setup, shape, optimised, moments)
+    return ledger
+
+
+def _micro(
+    stage: StagePlan,
+    models: Mapping[str, Model],
+    setup: Setup,
+    shape: Shape,
+    ledger: Ledger,
+    extra: int,
+    *,
+    grown: bool,
+) -> None:
+    cast = 0
+    if setup.half and setup.backend != "gemini":
+        # Autocast keeps its copies of weights that have a gradient until the backward is over.
+        cast = 2 * sum(model.placed.count for model in models.values() if model.trained.count)
+    ledger.add("weights", cast)
+    step = Micro(stage, models, setup, shape, ledger)
+    step.forward()
+    step.backward(grown)
+    ledger.add("weights", -cast)
+    if not grown and setup.backend != "gemini":
+        ledger.add("gradients", 4 * extra)
+
+
+def _optimize(
+    ledger: Ledger,
+    models: Mapping[str, Model],
+    stage: StagePlan,
+    setup: Setup,
+    shape: Shape,
+    optimised: int,
+    moments: int,
+) -> None:
+    """Adam's square roots: of one tensor at a time on the CPU, of all at once on a GPU."""
+    if moments < 2 or setup.backend == "gemini":
+        ledger.mark("the optimizer")
+        return
+    largest = max((model.trained.largest for model in models.values()), default=0)
+    ledger.mark("the optimizer", optimizer=4 * (2 * largest if shape.cpu else optimised))
+
+
+def _host(models: Mapping[str, Model], setup: Setup, machine: Machine) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for model in models.values():
+        if model.placed.host:
+            found[f"{model.placed.name} weights"] = model.placed.host
+    if setup.backend == "gemini" and setup.offload_optim_frac:
+        count = sum(model.trained.count for model in models.values())
+        found["optimizer"] = round(12 * count * setup.offload_optim_frac)
+    return found
+
+
+__all__ = ["Placed", "Setup", "StageEstimate", "Trained", "estimate", "estimate_stage", "length_of"]

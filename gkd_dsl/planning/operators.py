@@ -1,0 +1,55 @@
+"""What an operator holds beside its inputs and its result, in copies of its largest input in fp32."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Held:
+    """Copies of the largest input.
+
+    while_it_runs  the most at once in the forward, its result not counted
+    for_backward   what autograd saves, its inputs and its result not counted
+    in_backward    the most that its backward makes beside what was saved, the gradients of its inputs included
+    """
+
+    while_it_runs: float
+    for_backward: float
+    in_backward: float
+
+
+ROWS = Held(8.25, 2.25, 2.25)
+"""A divergence over rows of logits: both rows, both log-softmaxes, p, the difference, its choice, their product."""
+
+HELD: Mapping[str, Held] = {
+    "kl": ROWS,
+    "reverse_kl": Held(8.25, 3.5, 3.0),
+    "jsd": Held(12.5, 7.0, 4.0),
+    "tvd": Held(7.0, 2.25, 3.0),
+    "soft_cross_entropy": Held(6.25, 2.25, 2.25),
+    "cross_entropy": Held(2.0, 1.0, 2.0),
+    "attention_kl": Held(6.25, 2.25, 2.0),
+    "mse": Held(1.0, 1.0, 1.0),
+    "smooth_l1": Held(4.0, 2.0, 3.0),
+    "huber": Held(4.0, 2.0, 3.0),
+    "normalized_mse": Held(5.0, 3.0, 3.0),
+    "cosine_distance": Held(5.0, 2.0, 3.0),
+    "project": Held(0.0, 0.0, 1.0),
+    "detach": Held(0.0, 0.0, 0.0),
+}
+
+OTHER = Held(4.0, 2.0, 2.0)
+"""What is taken for an operator that was not counted."""
+
+ON_LOGITS = ("kl", "reverse_kl", "jsd", "soft_cross_entropy", "cross_entropy")
+"""The losses that can run fused with a language model's head."""
+
+TILE = {"cpu": 80 * 2**20, "cuda": 256 * 2**20}
+"""Bytes of a tile of logits in the fused form; two are alive, and one more for each further teacher."""
+
+
+def held(op: str) -> Held:
+    """What an operator holds."""
+    return HELD.get(op, OTHER)

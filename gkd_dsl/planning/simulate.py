@@ -1,0 +1,308 @@
+"""The peak of a stage: its instructions are walked through as they run, and what is alive is counted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from gkd_dsl.graph.nodes import ModelNode
+from gkd_dsl.graph.passes.liveness import size
+from gkd_dsl.graph.plan import Apply, ForwardPlan, Free, Run, StagePlan, TapPlan
+from gkd_dsl.models.taps import TapPath
+from gkd_dsl.planning import blocks, operators, parameters
+from gkd_dsl.planning.blocks import FULL, Shape
+from gkd_dsl.planning.layout import Placed, Setup, Trained
+from gkd_dsl.planning.ledger import Ledger
+
+_ALIASED = ("hidden", "final", "layer", "embed")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model of a stage with what it trains and where it lives."""
+
+    node: ModelNode
+    trained: Trained
+    placed: Placed
+
+
+def depth(forward: ForwardPlan, node: ModelNode) -> int:
+    """How many blocks a forward runs."""
+    blocks_ = node.info.size("N") or 0
+    stop = forward.stop_after
+    if stop is None or stop.kind not in ("embed", "hidden", "layer"):
+        return blocks_
+    index = stop.index or 0
+    return min(blocks_, index + 1 if stop.kind == "layer" else index)
+
+
+class Micro:
+    """One micro-batch of a stage: forward and backward over a ledger that holds weights and optimiser already."""
+
+    def __init__(
+        self, stage: StagePlan, models: Mapping[str, Model], setup: Setup, shape: Shape, ledger: Ledger
+    ) -> None:
+        self.stage, self.models, self.setup, self.shape, self.ledger = stage, models, setup, shape, ledger
+        self._forwards = {forward.key: forward for forward in stage.forwards}
+        self._alive: dict[str, tuple[str, int]] = {}
+        self._sizes: dict[str, int] = {}
+        self._graded: set[str] = set()
+        self._saved: list[Apply | ForwardPlan] = []
+        self._fused = fused_keys(stage, models) if setup.fuse else frozenset()
+        self._unmade = _unmade(stage, self._fused)
+        self._roots: dict[str, str] = {}
+
+    def forward(self) -> None:
+        """All instructions."""
+        for step in self.stage.program:
+            if isinstance(step, Run):
+                self._run(self._forwards[step.forward])
+            elif isinstance(step, Free):
+                for key in step.keys:
+                    self._drop(key)
+            elif isinstance(step, Apply):
+                self._apply(step)
+        self.ledger.mark("the end of the forward")
+
+    def backward(self, grown: bool) -> None:
+        """The backward, latest first; `grown`: gradients are there from an earlier micro-batch."""
+        waiting: dict[str, int] = {}
+        for entry in reversed(self._saved):
+            if isinstance(entry, Apply):
+                self._apply_backward(entry, waiting)
+            else:
+                self._run_backward(entry, waiting, grown)
+        for key in list(self._alive):
+            self._drop(key)
+
+    def _run(self, forward: ForwardPlan) -> None:
+        model = self.models[forward.model]
+        info, shape = model.node.info, self.shape
+        scored = _scored(forward)
+        for tap in forward.taps:
+            self._sizes[tap.key] = size(tap.type, shape.rows, shape.length)
+        graded = forward.grad and model.placed.where != "cached"
+        ran = depth(forward, model.node)
+        new = [tap for tap in forward.taps if tap.key not in self._unmade and not (graded and _is_kept(tap.path))]
+        inside = [tap for tap in new if tap.path.kind != "logits"]
+        outside = [tap for tap in new if tap.path.kind == "logits"]
+        if graded:
+            self._graded |= {tap.key for tap in forward.taps if tap.path.kind != "weight"}
+            self._saved.append(forward)
+            self.ledger.add("activations", self._kept(forward))
+        if model.placed.where != "cached":
+            passing = blocks.transient(info, shape, scores=bool(scored)) if ran else 0
+            cast = 2 * parameters.parameters(info).largest if self._casts(model) else 0
+            for tap in inside:
+                self._take(tap)
+            self.ledger.mark(f"the forward of {forward.model}", activations=passing, chunks=model.placed.work + cast)
+        else:
+            for tap in inside:
+                self._take(tap)
+        for tap in outside:
+            self._take(tap)
+        self.ledger.mark(f"the logits of {forward.model}")
+
+    def _casts(self, model: Model) -> bool:
+        return self.setup.half and self.setup.backend != "gemini" and model.placed.where == "resident"
+
+    def _take(self, tap: TapPlan) -> None:
+        logits = tap.path.kind == "logits"
+        element = self.shape.element if logits else FULL
+        count = self._sizes[tap.key] * element if tap.path.kind != "weight" else 0
+        part = "logits" if logits else "taps"
+        self._alive[tap.key] = (part, count)
+        self.ledger.add(part, count)
+
+    def _drop(self, key: str) -> None:
+        found = self._alive.pop(key, None)
+        if found is not None:
+            self.ledger.add(found[0], -found[1])
+
+    def _kept(self, forward: ForwardPlan) -> int:
+        """Bytes of activations that a forward keeps: those of the blocks at and above the first that is trained."""
+        model = self.models[forward.model]
+        info, shape = model.node.info, self.shape
+        ran, scored = depth(forward, model.node), _scored(forward)
+        first = max(0, model.trained.first - 1)
+        layers = range(first, ran)
+        total = blocks.edge(info, shape) if ran == (info.size("N") or 0) or first == 0 else 0
+        if self.setup.checkpoint and model.trained.count:
+            stream = (info.size("H") or 1) * shape.tokens * FULL
+            return total + len(layers) * stream + sum(blocks.scores_bytes(info, shape) for i in layers if i in scored)
+        return total + sum(blocks.kept(info, shape, scores=i in scored) for i in layers)
+
+    def _apply(self, step: Apply) -> None:
+        self._sizes[step.key] = size(step.type, self.shape.rows, self.shape.length)
+        inputs = [key for slot, key in step.inputs if key in self._sizes]
+        largest = max((self._sizes[key] for key in inputs), default=0) * FULL
+        graded = step.op == "project" or (step.op != "detach" and any(key in self._graded for key in inputs))
+        if step.op == "detach":
+            # One tensor under two names; it stays until the last of them goes.
+            source = step.inputs[0][1]
+            self._alive[step.key] = self._alive.pop(source, ("taps", 0))
+            if source in self._unmade:
+                self._unmade.add(step.key)
+            return
+        held = operators.held(step.op)
+        if step.key in self._fused:
+            self._fuse(step)
+            return
+        self.ledger.mark(f"the operator {step.op}", losses=held.while_it_runs * largest)
+        count = self._sizes[step.key] * (1 if getattr(step.type, "dtype", "") == "bool" else FULL)
+        self._alive[step.key] = ("losses", count)
+        self.ledger.add("losses", count)
+        if graded:
+            self._graded.add(step.key)
+            self._saved.append(step)
+            self.ledger.add("losses", held.for_backward * largest)
+
+    def _fuse(self, step: Apply) -> None:
+        """The gradients of the head's weight and of its input are made in the forward, tile by tile."""
+        self._saved.append(step)
+        self._graded.add(step.key)
+        self.ledger.add("losses", self._fused_bytes(step))
+        tile = operators.TILE["cpu" if self.shape.cpu else "cuda"]
+        rows = max(self._sizes[key] for slot, key in step.inputs if slot in ("student", "teacher")) * FULL
+        self.ledger.mark(f"the fused loss {step.op}", losses=2 * min(tile, rows))
+
+    def _fused_bytes(self, step: Apply) -> int:
+        """Bytes of the gradients of head and hidden states; the first loss over some logits makes them for all."""
+        source = dict(step.inputs)["student"]
+        if self._roots.setdefault(source, step.key) != step.key:
+            return 0
+        info = self.models[next(f.model for f in self.stage.forwards if any(t.key == source for t in f.taps))].node.info
+        width, words = info.size("H") or 1, info.size("V") or 1
+        return FULL * width * (words + self.shape.tokens)
+
+    def _apply_backward(self, step: Apply, waiting: dict[str, int]) -> None:
+        inputs = [key for _, key in step.inputs if key in self._sizes]
+        largest = max((self._sizes[key] for key in inputs), default=0) * FULL
+        held = operators.held(step.op)
+        if step.key in self._fused:
+            self.ledger.add("losses", -self._fused_bytes(step))
+            return
+        self.ledger.mark(f"the backward of {step.op}", losses=held.in_backward * largest)
+        self.ledger.add("losses", -held.for_backward * largest)
+        self.ledger.add("losses", -waiting.pop(step.key, 0))
+        for key in inputs:
+            if key in self._graded and key not in waiting:
+                waiting[key] = self._sizes[key] * FULL
+                self.ledger.add("losses", waiting[key])
+
+    def _run_backward(self, forward: ForwardPlan, waiting: dict[str, int], grown: bool) -> None:
+        model = self.models[forward.model]
+        info, shape = model.node.info, self.shape
+        ran, scored, first = depth(forward, model.node), _scored(forward), max(0, model.trained.first - 1)
+        total = self._kept(forward)
+        stream = (info.size("H") or 1) * shape.tokens * FULL
+        parts = _gradient_parts(model, ran)
+        arriving = {tap.key: waiting.pop(tap.key, 0) for tap in forward.taps}
+        logits = sum(arriving[tap.key] for tap in forward.taps if tap.path.kind == "logits")
+        held = sum(arriving.values())
+        wide = 2 if self.setup.backend == "gemini" else FULL
+        # With gradients from before each new one is added and let go; in Gemini it takes its parameter's place.
+        grows = not grown and self.setup.backend != "gemini"
+
+        def gradients(count: int) -> None:
+            self.ledger.mark(f"the backward of {forward.model}", activations=2 * stream, gradients=wide * count)
+            if grows:
+                self.ledger.add("gradients", wide * count)
+
+        gradients(parts[-1])
+        self.ledger.add("losses", -logits)
+        held -= logits
+        used = 0
+        for index in range(ran - 1, first - 1, -1):
+            own = blocks.kept(info, shape, scores=index in scored)
+            extra = blocks.backward(info, shape, scores=index in scored)
+            if self.setup.checkpoint and model.trained.count:
+                extra += own
+                own = stream + (blocks.scores_bytes(info, shape) if index in scored else 0)
+            self.ledger.mark(
+                f"the backward of {forward.model}", activations=extra, gradients=wide * parts[index + 1],
+                chunks=model.placed.work,
+            )  # fmt: skip
+            if grows:
+                self.ledger.add("gradients", wide * parts[index + 1])
+            self.ledger.add("activations", -own)
+            used += own
+        gradients(parts[0])
+        if parameters.tied(info) and model.trained.first == 0 and model.trained.count:
+            words = (info.size("V") or 0) * (info.size("E") or info.size("H") or 0)
+            self.ledger.mark(f"the backward of {forward.model}", gradients=wide * words, activations=stream)
+        self.ledger.add("losses", -held)
+        self.ledger.add("activations", used - total)
+
+
+def _gradient_parts(model: Model, ran: int) -> list[int]:
+    """Numbers of gradients that the embeddings, each block, and what is above them get."""
+    info, trained_ = model.node.info, model.trained
+    layers = info.size("N") or 0
+    if not trained_.count:
+        return [0] * (ran + 2)
+    found = parameters.parameters(info)
+    if not found.exact or not layers:
+        return [0] * (ran + 1) + [trained_.count]
+    block = parameters.part(info, "layer.0").count
+    first = max(0, trained_.first - 1)
+    own = [block if index >= first else 0 for index in range(ran)]
+    left = max(0, trained_.count - block * max(0, layers - first))
+    bottom = parameters.part(info, "embed").count if trained_.first == 0 else 0
+    if parameters.tied(info) and bottom:
+        words = (info.size("V") or 0) * (info.size("E") or info.size("H") or 0)
+        bottom -= words
+    return [min(bottom, left), *own, max(0, left - bottom)]
+
+
+def _scored(forward: ForwardPlan) -> frozenset[int]:
+    return frozenset(
+        tap.path.index
+        for tap in forward.taps
+        if tap.path.part in ("attn.scores", "attn.probs") and tap.path.index is not None
+    )
+
+
+def _is_kept(path: TapPath) -> bool:
+    """Whether a tap of a forward in training is a tensor that its backward keeps anyway."""
+    return path.kind in _ALIASED and path.part not in ("attn.scores",)
+
+
+def fused_keys(stage: StagePlan, models: Mapping[str, Model]) -> frozenset[str]:
+    """The losses that can run fused with the head of a language model that is trained or frozen."""
+    heads = {
+        tap.key
+        for forward in stage.forwards
+        for tap in forward.taps
+        if tap.path.kind == "logits"
+        and forward.grad
+        and models[forward.model].node.info.task in ("causal_lm", "masked_lm")
+    }
+    return frozenset(
+        step.key
+        for step in stage.program
+        if isinstance(step, Apply) and step.op in operators.ON_LOGITS and dict(step.inputs).get("student") in heads
+    )
+
+
+def _unmade(stage: StagePlan, fused: frozenset[str]) -> set[str]:
+    """The logits that are never made: those that fused losses alone read."""
+    if not fused:
+        return set()
+    names = {step.key: step.inputs[0][1] for step in stage.program if isinstance(step, Apply) and step.op == "detach"}
+    readers: dict[str, list[str]] = {}
+    for step in stage.program:
+        if isinstance(step, Apply) and step.op != "detach":
+            for _, key in step.inputs:
+                readers.setdefault(names.get(key, key), []).append(step.key)
+    return {
+        tap.key
+        for forward in stage.forwards
+        for tap in forward.taps
+        if tap.path.kind == "logits" and readers.get(tap.key) and all(key in fused for key in readers[tap.key])
+    }
+
+
+def with_length(shape: Shape, rows: int) -> Shape:
+    """The same for other rows."""
+    return replace(shape, rows=rows)
