@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -30,8 +30,8 @@ class Place(Protocol):
     def move(self, batch: Batch) -> dict[str, Tensor]:
         """A batch on the device."""
 
-    def taps_context(self) -> AbstractContextManager[object]:
-        """The context in which forwards are run."""
+    def infer(self, function: Callable[[], None]) -> None:
+        """Run a function that reads the parameters of models."""
 
 
 class Evaluator:
@@ -71,8 +71,8 @@ class Evaluator:
             model.eval()
         try:
             for number, batch in enumerate(batches):
-                with backend.taps_context():
-                    self._update(plans, forwards, accumulators, backend.move(batch), replace(clock, micro=number))
+                held = backend.move(batch)
+                backend.infer(partial(self._update, plans, forwards, accumulators, held, replace(clock, micro=number)))
         finally:
             for name in training:
                 self._models[name].train()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,15 +19,20 @@ def make_optimizer(spec: OptimSpec, parameters: Iterable[tuple[str, nn.Parameter
 
     A bias or a norm's scale is a parameter of fewer than two axes. The rate is set before each step.
     """
+    groups = groups_of(spec, parameters)
+    if spec.name == "sgd":
+        return torch.optim.SGD(groups, lr=spec.lr, momentum=spec.momentum)
+    return torch.optim.AdamW(groups, lr=spec.lr, betas=spec.betas, eps=spec.eps)
+
+
+def groups_of(spec: OptimSpec, parameters: Iterable[tuple[str, nn.Parameter]]) -> list[dict[str, Any]]:
+    """The two groups of an optimiser: what decays, and biases and the scales of norms."""
     named = list(parameters)
     groups = [
         {"params": [p for _, p in named if p.ndim >= 2], "weight_decay": spec.weight_decay},
         {"params": [p for _, p in named if p.ndim < 2], "weight_decay": 0.0},
     ]
-    groups = [group for group in groups if group["params"]]
-    if spec.name == "sgd":
-        return torch.optim.SGD(groups, lr=spec.lr, momentum=spec.momentum)
-    return torch.optim.AdamW(groups, lr=spec.lr, betas=spec.betas, eps=spec.eps)
+    return [group for group in groups if group["params"]]
 
 
 @dataclass(frozen=True)

@@ -54,8 +54,10 @@ class Processes:
         if dist.is_initialized():
             return
         transport = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        # A process that is alone needs no address.
+        more = {"store": dist.HashStore()} if self.count == 1 else {}
         with collective():
-            dist.init_process_group(transport, rank=self.rank, world_size=self.count, timeout=_PATIENCE)
+            dist.init_process_group(transport, rank=self.rank, world_size=self.count, timeout=_PATIENCE, **more)
 
     def any(self, flag: bool) -> bool:
         """Whether any process says so."""

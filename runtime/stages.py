@@ -233,11 +233,11 @@ class Run:
         self.policies |= make_policies(new, self.backend.device, plan.stage.seed)
 
     def _tensors(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-        models = {name: checkpoint.module_tensors(self.models[name]) for name in sorted(self._changed)}
+        models = {name: self.backend.tensors(self.models[name]) for name in sorted(self._changed)}
         blocks = {
             f"{name}/{part}": value
             for name, block in self.projections.items()
-            for part, value in checkpoint.module_tensors(block).items()
+            for part, value in self.backend.tensors(block).items()
         }
         return models, blocks
 
@@ -318,11 +318,11 @@ class Run:
 
     def _load(self, models: Mapping[str, Mapping[str, Tensor]], blocks: Mapping[str, Tensor]) -> None:
         for name, tensors in models.items():
-            checkpoint.load_module(self.models[name], tensors, f"model `{name}`")
+            self.backend.load(self.models[name], tensors, f"model `{name}`")
         for name, block in self.projections.items():
             prefix = f"{name}/"
             own = {key.removeprefix(prefix): value for key, value in blocks.items() if key.rpartition("/")[0] == name}
-            checkpoint.load_module(block, own, f"projection `{name}`")
+            self.backend.load(block, own, f"projection `{name}`")
 
 
 class _Latest:

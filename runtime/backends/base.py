@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gkd_dsl.graph.nodes import AttrValue, OptimSpec
@@ -79,6 +79,15 @@ class Backend(Protocol):
 
     def move(self, batch: Batch) -> dict[str, Tensor]:
         """A batch on the device."""
+
+    def infer(self, function: Callable[[], None]) -> None:
+        """Run a function that reads the parameters of models, in the precision of the forwards."""
+
+    def tensors(self, module: nn.Module) -> dict[str, Tensor]:
+        """What a checkpoint holds of a module, by name; every process must ask, the first is sure to get it."""
+
+    def load(self, module: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
+        """Copy saved tensors into a module. Raises RunError where names or shapes differ."""
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """The optimiser's tensors by `what/parameter`."""

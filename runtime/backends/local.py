@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gkd_dsl.graph.nodes import OptimSpec
 from gkd_dsl.runtime import rows
 from gkd_dsl.runtime.backends.base import Settings, StepResult
+from gkd_dsl.runtime.checkpoint import load_module, module_tensors
 from gkd_dsl.runtime.errors import CANNOT_RUN, NOT_FINITE, OUT_OF_MEMORY, RunError, out_of_memory
 from gkd_dsl.runtime.models.checkpointing import set_checkpointing
 from gkd_dsl.runtime.optim import make_optimizer
@@ -49,7 +50,8 @@ class LocalBackend:
 
     def begin(self, step: StepModule, optim: OptimSpec) -> None:
         """Take a stage's step, in train mode, and make its optimiser."""
-        step.to(self.device).train()
+        self._own_device(step)
+        step.train()
         if self.settings.checkpoint:
             for name, model in step.models.items():
                 try:
@@ -58,7 +60,7 @@ class LocalBackend:
                     raise RunError(CANNOT_RUN, f"`checkpoint = true`, and model `{name}` cannot: {error}") from error
         self._step, self._optim = step, optim
         self._named = step.trainable()
-        self._optimizer = make_optimizer(optim, self._named)
+        self._make_optimizer(optim)
 
     def step(self, batches: Sequence[Batch], clock: Clock, rate: float) -> StepResult:
         """One optimiser step over all micro-batches.
@@ -105,6 +107,19 @@ class LocalBackend:
             placed = value.clone() if value.ndim == 0 else value.to(parameter.device, copy=True)
             optimizer.state[parameter][what] = placed
 
+    def infer(self, function: Callable[[], None]) -> None:
+        """Run a function that reads parameters, in the precision of the forwards."""
+        with self.taps_context():
+            function()
+
+    def tensors(self, module: nn.Module) -> dict[str, Tensor]:
+        """What a checkpoint holds of a module."""
+        return module_tensors(module)
+
+    def load(self, module: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
+        """Copy saved tensors into a module. Raises RunError where names or shapes differ."""
+        load_module(module, tensors, what)
+
     def end(self) -> None:
         """Let go of the stage."""
         if self._step is None:
@@ -122,6 +137,12 @@ class LocalBackend:
         if self._step is None or self._optimizer is None or self._optim is None:
             raise RuntimeError("the backend holds no stage: call begin first")
         return self._step, self._optimizer, self._optim
+
+    def _own_device(self, step: StepModule) -> None:
+        step.to(self.device)
+
+    def _make_optimizer(self, optim: OptimSpec) -> None:
+        self._optimizer = make_optimizer(optim, self._named)
 
     def _share(self, batch: Batch) -> Share | None:
         """The rows of this process; None for all of them."""
