@@ -168,7 +168,8 @@ class Tapper:
                 state.end()
             if output is not None and any(path.kind == "logits" for path in wanted):
                 state.values[_LOGITS] = output.logits
-            found |= {path: self._finished(path, state.values, inputs.get("attention_mask")) for path in wanted}
+            mask = inputs.get("attention_mask")
+            found |= {path: plain(self._finished(path, state.values, mask)) for path in wanted}
             state.values.clear()
         return {path: found[path] for path in paths}
 
@@ -308,6 +309,14 @@ class Tapper:
             _refuse_reentrant(original)
             block._gradient_checkpointing_func = _checkpointed(original, state, scored & inside, self._configs)
             stack.callback(setattr, block, "_gradient_checkpointing_func", original)
+
+
+def plain(value: Tensor) -> Tensor:
+    """A tensor of a class that a backend gives parameters, and what comes of them, as a plain one; with its gradient."""
+    if type(value) in (Tensor, nn.Parameter):
+        return value
+    with torch._C.DisableTorchFunctionSubclass():
+        return value.as_subclass(Tensor)
 
 
 def configs_of(model: nn.Module) -> list[Any]:
