@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from hashlib import sha256
 from typing import Any
@@ -13,13 +14,12 @@ from torch import Tensor, nn
 
 from gkd_dsl.graph.nodes import AttrValue
 from gkd_dsl.graph.passes.liveness import made, reads
-from gkd_dsl.graph.plan import Apply, ForwardPlan, Free, Instruction, Run
+from gkd_dsl.graph.plan import Apply, ForwardPlan, Free, Fused, Instruction, Run
 from gkd_dsl.ops.registry import lookup
 from gkd_dsl.ops.signature import compile_signature
 from gkd_dsl.runtime import rows
 from gkd_dsl.runtime.errors import CANNOT_RUN, SHAPES, RunError, out_of_memory
 from gkd_dsl.runtime.ops.registry import Operator, functions
-from gkd_dsl.runtime.ops.sparse import sparse_functions
 from gkd_dsl.runtime.ops.sparse import sparse_functions
 from gkd_dsl.schedules import Clock, Schedule
 from gkd_dsl.types import Dim, LossType, TensorType, ValueType
@@ -65,10 +65,12 @@ class Program:
         *,
         wanted: Collection[str] | None = None,
         see: Callable[[str, ValueType, Tensor], None] | None = None,
+        fused: Callable[[Fused, Env], None] | None = None,
     ) -> None:
         """Run over `env`, which holds the batch; `forward` puts the taps of a forward into it.
 
-        With `wanted`, only what these keys need is run. `see` is shown each result, and may take it out.
+        With `wanted`, only what these keys need is run. `see` is shown each result, and may take it out. `fused` runs
+        losses that are fused.
         """
         instructions = self.instructions if wanted is None else self._for(frozenset(wanted))
         for instruction in instructions:
@@ -77,6 +79,9 @@ class Program:
             elif isinstance(instruction, Free):
                 for key in instruction.keys:
                     env.pop(key, None)
+            elif isinstance(instruction, Fused):
+                assert fused is not None
+                fused(instruction, env)
             else:
                 value = self._apply(instruction, env, clock)
                 env[instruction.key] = value
@@ -141,6 +146,9 @@ def _slice(
         if not isinstance(instruction, Free):
             if needed.isdisjoint(made(instruction, forwards)):
                 continue
+            if isinstance(instruction, Fused):
+                terms = tuple(term for term in instruction.terms if term.key in needed)
+                instruction = replace(instruction, terms=terms)
             needed.update(reads(instruction, forwards))
         kept.append(instruction)
     return tuple(reversed(kept))

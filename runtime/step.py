@@ -13,10 +13,12 @@ from transformers import PreTrainedModel
 
 from gkd_dsl import schedules
 from gkd_dsl.graph.nodes import ProjectNode, ReplaceBlock, TrainTarget
-from gkd_dsl.graph.plan import Apply, Counted, ForwardPlan, LossPlan, StagePlan
+from gkd_dsl.graph.passes.fuse import fuse
+from gkd_dsl.graph.plan import Apply, Counted, ForwardPlan, Fused, LossPlan, StagePlan
 from gkd_dsl.models.resolve import part_modules
 from gkd_dsl.runtime import rows
 from gkd_dsl.runtime.errors import CANNOT_RUN, SHAPES, RunError
+from gkd_dsl.runtime.fused import FusedLosses, FusedPart
 from gkd_dsl.runtime.gradients import Gradients
 from gkd_dsl.runtime.models.interventions import at_clock, edits
 from gkd_dsl.runtime.models.load import part_parameters
@@ -38,7 +40,7 @@ class StepOutput:
     """What one micro-batch gives: its share of the objective, and of each loss.
 
     loss     the weighted sum, a scalar with its gradient
-    values   each loss before its weight, a scalar with its gradient
+    values   each loss before its weight, a scalar with its gradient where it is not fused
     weights  the weight of each loss at this step
     watched  the losses that a counter or a policy reads, scalars without gradient
     """
@@ -121,6 +123,12 @@ class StepModule(nn.Module):
         special = {"policy": self.policies.draw, "gradient": self.gradients.take}
         self._program = Program(plan.program, by_key, plan.forwards, special)
         self._counted = {counted.key: counted for counted in plan.counted}
+        self._fused = FusedLosses(self._head, self._counted)
+        fused_plan = fuse(plan, self._fused.there)
+        self._fused_forwards = {forward.key: forward for forward in fused_plan.forwards}
+        self._fused_program = self._program
+        if fused_plan is not plan:
+            self._fused_program = Program(fused_plan.program, by_key, fused_plan.forwards, special)
         self._read_again = {
             key
             for item in plan.program
@@ -134,8 +142,11 @@ class StepModule(nn.Module):
         self._unchecked = set(self._counted)
         self._frozen = self._freeze([models[node.name] for node in fixed if node.name in models])
 
-    def forward(self, batch: Batch, clock: Clock, denominators: Denominators) -> StepOutput:
+    def forward(self, batch: Batch, clock: Clock, denominators: Denominators, *, fused: bool = True) -> StepOutput:
         """The losses of one micro-batch, each sum divided by its denominator over all micro-batches of the step.
+
+        With `fused`, losses over a language model's logits are run with its head where the plan allows it; their
+        `values` then have no gradient of their own, and the gradient of `loss` can be taken once.
 
         Raises RunError: a column is missing, or a tensor, when first computed, has another shape than planned.
         """
@@ -150,19 +161,32 @@ class StepModule(nn.Module):
         sums: dict[str, Tensor] = {}
         self.gradients.sums = sums
 
+        program = self._fused_program if fused else self._program
+        forwards = self._fused_forwards if fused else self._forwards
+        scales = [schedule.value(clock) for schedule in self.plan.weights]
+        part = FusedPart(_amounts(self.plan.losses, scales, coefficients), denominators)
+
         def forward(key: str, env: Env) -> None:
-            env.update(self._run(key, batch, env, clock, check))
+            env.update(self._run(forwards[key], batch, env, clock, check))
+
+        def run_fused(step: Fused, env: Env) -> None:
+            self._fused.run(step, env, clock, part)
 
         self._valid.run(env, clock, forward)
         see = self._reducing(sums, env, denominators, check)
-        self._program.run(env, clock, forward, wanted=self._wanted(used), see=see)
+        program.run(env, clock, forward, wanted=self._wanted(used), see=see, fused=run_fused)
         values: dict[str, Tensor] = {}
         weights: dict[str, float] = {}
         total = self._zero(batch)
-        for loss, schedule in zip(self.plan.losses, self.plan.weights, strict=True):
+        sums |= part.sums
+        for loss, scale in zip(self.plan.losses, scales, strict=True):
             value = self._sum(coefficients[loss.name], sums, batch)
-            values[loss.name], weights[loss.name] = value, schedule.value(clock)
-            total = total + weights[loss.name] * value
+            values[loss.name], weights[loss.name] = value, scale
+            # What is fused is in the totals of its pass, with the gradient.
+            rest = [(amount, key) for amount, key in coefficients[loss.name] if key not in part.sums]
+            total = total + scale * (self._sum(rest, sums, batch) if part.sums else value)
+        for fused_total in part.totals:
+            total = total + fused_total
         self._unchecked -= used
         self.gradients.sums = {}
         watched = {loss.name: self._sum(coefficients[loss.name], sums, batch).detach() for loss in monitored}
@@ -258,8 +282,10 @@ class StepModule(nn.Module):
             )
         return batch_keys(batch)
 
-    def _run(self, key: str, batch: Batch, env: Env, clock: Clock, check: ShapeCheck | None) -> dict[str, Tensor]:
-        forward = at_clock(self._forwards[key], clock)
+    def _run(
+        self, plan: ForwardPlan, batch: Batch, env: Env, clock: Clock, check: ShapeCheck | None
+    ) -> dict[str, Tensor]:
+        forward = at_clock(plan, clock)
         taps = self._taps(forward, batch, env)
         if check is not None:
             for tap in forward.taps:
@@ -284,6 +310,13 @@ class StepModule(nn.Module):
         if model in self.models:
             return self._tappers[model].blocks(layers)
         return self.teachers.blocks(model, layers)
+
+    def _head(self, model: str, module: str) -> nn.Module | None:
+        """A module of a model by its name, where the model is in memory."""
+        if model in self.models:
+            return dict(self.models[model].named_modules()).get(module)
+        find = getattr(self.teachers, "head", None)
+        return find(model, module) if find is not None else None
 
     def _monitored(self, clock: Clock) -> tuple[LossPlan, ...]:
         """The losses that policies and counters read at this step: of a counter's family, the present member alone."""
@@ -333,6 +366,17 @@ class StepModule(nn.Module):
 
     def _zero(self, batch: Batch) -> Tensor:
         return torch.zeros((), device=next(iter(batch.values())).device)
+
+
+def _amounts(
+    losses: Iterable[LossPlan], scales: Iterable[float], coefficients: Mapping[str, list[tuple[float, str]]]
+) -> dict[str, float]:
+    """What multiplies each reduced loss in the objective, by its key."""
+    found: dict[str, float] = {}
+    for loss, scale in zip(losses, scales, strict=True):
+        for amount, key in coefficients[loss.name]:
+            found[key] = found.get(key, 0.0) + scale * amount
+    return found
 
 
 def _no_forward(key: str, env: Env) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -76,7 +77,52 @@ class Free:
     keys: tuple[str, ...]
 
 
-Instruction = Run | Apply | Free
+@dataclass(frozen=True)
+class HeadPlan:
+    """The head of a language model in a forward, applied where its logits are used.
+
+    module  the linear map, by its name in the whole model; it is given the tap `hidden`
+    logits  the key of the logits that it stands for; `names` are that and the keys of their detached copies
+    scale   the logits are z * scale (z / scale with `divide`), and with `softcap` c they are c * tanh(. / c) of that
+    """
+
+    forward: str
+    model: str
+    module: str
+    logits: str
+    names: tuple[str, ...]
+    hidden: TapPlan
+    scale: float = 1.0
+    divide: bool = False
+    softcap: float | None = None
+
+
+@dataclass(frozen=True)
+class Fused:
+    """The losses `terms` over the logits of `student`, in one pass and without these logits.
+
+    `terms` are what the plain program applies; a `teacher` that one of `teachers` stands for is never whole either.
+    It gives the sum of each term, and one gradient of the weighted total.
+    """
+
+    student: HeadPlan
+    teachers: tuple[HeadPlan, ...]
+    terms: tuple[Apply, ...]
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The keys of the environment that it needs."""
+        return self.needs(term.key for term in self.terms)
+
+    def needs(self, keys: Iterable[str]) -> tuple[str, ...]:
+        """The keys that these terms need."""
+        by_name = {name: head.hidden.key for head in (self.student, *self.teachers) for name in head.names}
+        wanted = set(keys)
+        found = [by_name.get(key, key) for term in self.terms if term.key in wanted for _, key in term.inputs]
+        return tuple(dict.fromkeys(found))
+
+
+Instruction = Run | Apply | Free | Fused
 
 
 @dataclass(frozen=True)
@@ -134,6 +180,7 @@ class StagePlan:
     `program` gives every loss-typed key that `losses` reads; `counted` has one entry for each.
     `weights[i]` is the weight of `losses[i]` in the objective. `columns` are the batch columns read.
     `monitored` are losses that a counter or a policy reads; they may or may not be in the objective too.
+    `fuse_logits` says whether losses over a language model's logits may be run fused; `passes.fuse` makes that plan.
     """
 
     name: str
@@ -151,6 +198,7 @@ class StagePlan:
     monitored: tuple[LossPlan, ...] = ()
     counters: tuple[CounterPlan, ...] = ()
     policies: tuple[PolicyPlan, ...] = ()
+    fuse_logits: Literal["auto", "on", "off"] = "auto"
 
     def forward(self, key: str) -> ForwardPlan:
         """The forward of a key."""

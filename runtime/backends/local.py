@@ -151,11 +151,13 @@ class LocalBackend:
     def _join_gradients(self) -> None:
         """Make the gradients those of all rows."""
 
-    def _forward(self, step: StepModule, batch: Batch, clock: Clock, denominators: Mapping[str, int]) -> StepOutput:
+    def _forward(
+        self, step: StepModule, batch: Batch, clock: Clock, denominators: Mapping[str, int], fused: bool = True
+    ) -> StepOutput:
         share = self._share(batch)
         held = batch if share is None else {name: value[share.rows] for name, value in batch.items()}
         with self.taps_context(), rows.shared(share):
-            return step(self.move(held), clock, denominators)
+            return step(self.move(held), clock, denominators, fused=fused)
 
     def _train(
         self,
@@ -230,7 +232,7 @@ class LocalBackend:
         optimizer.zero_grad(set_to_none=True)
         term = None
         for number, batch in enumerate(batches):
-            out = self._forward(step, batch, replace(clock, micro=number), denominators)
+            out = self._forward(step, batch, replace(clock, micro=number), denominators, fused=False)
             term = term or self._term_at_fault(out)
         subject = f"the gradient of loss `{term}`" if term else "the gradient"
         where = f" (first at `{parameter}`)" if parameter else ""

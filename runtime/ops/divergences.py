@@ -50,17 +50,17 @@ def cross_entropy(
     if mask is not None:
         counted = counted & mask
     targets = labels[counted]
-    if (
-        labels.device.type == "cpu"
-        and targets.numel()
-        and not (targets.min() >= 0 and targets.max() < student.shape[-1])
-    ):
-        raise ValueError(
-            f"labels run from {int(targets.min())} to {int(targets.max())}, "
-            f"but the model has {student.shape[-1]} classes"
-        )
+    check_labels(targets, student.shape[-1])
     losses = F.cross_entropy(full(student[counted]), targets, reduction="none", label_smoothing=label_smoothing)
     return losses.new_zeros(labels.shape).masked_scatter(counted, losses)
+
+
+def check_labels(targets: Tensor, classes: int) -> None:
+    """Raises ValueError for a label outside 0 .. classes - 1, on the CPU, where looking costs nothing."""
+    if targets.device.type == "cpu" and targets.numel() and not (targets.min() >= 0 and targets.max() < classes):
+        raise ValueError(
+            f"labels run from {int(targets.min())} to {int(targets.max())}, but the model has {classes} classes"
+        )
 
 
 @function("soft_cross_entropy")

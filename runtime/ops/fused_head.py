@@ -82,7 +82,9 @@ def fused_losses(
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.weight.dtype
     with torch.autocast(device, enabled=False):
-        return _Fused.apply(hidden, head.weight, head.bias, head, teachers, losses, dtype, tile_rows)
+        return _Fused.apply(
+            hidden, head.weight, head.bias, head, teachers, losses, dtype, tile_rows, torch.is_grad_enabled()
+        )
 
 
 class _Fused(torch.autograd.Function):
@@ -99,9 +101,10 @@ class _Fused(torch.autograd.Function):
         losses: Sequence[RowLoss],
         dtype: torch.dtype,
         tile_rows: int | None,
+        grad: bool,
     ) -> tuple[Tensor, Tensor]:
-        needs = tuple(ctx.needs_input_grad[:3])
-        work = _Work(hidden, weight, bias, head, teachers, losses, dtype, needs)
+        needs_x, needs_w, needs_b = (grad and needed for needed in ctx.needs_input_grad[:3])
+        work = _Work(hidden, weight, bias, head, teachers, losses, dtype, (needs_x, needs_w, needs_b))
         rows = (
             tile_rows if tile_rows is not None else _tile_rows(hidden.shape[0], weight.shape[0], dtype, hidden.device)
         )
@@ -121,7 +124,7 @@ class _Fused(torch.autograd.Function):
         found, ctx.found = ctx.found, None
         if upstream.device.type != "cpu" or float(upstream) != 1.0:
             found = [None if gradient is None else gradient.mul_(upstream.to(gradient.dtype)) for gradient in found]
-        return (*found, None, None, None, None, None)
+        return (*found, None, None, None, None, None, None)
 
 
 class _Work:

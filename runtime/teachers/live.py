@@ -33,3 +33,7 @@ class LiveTeachers:
     def blocks(self, model: str, layers: Sequence[int]) -> Sequence[nn.Module]:
         """Blocks of a model, to run in another's place."""
         return self._tappers[model].blocks(layers)
+
+    def head(self, model: str, module: str) -> nn.Module | None:
+        """A module of a model by its name; None where it has none."""
+        return dict(self.models[model].named_modules()).get(module)

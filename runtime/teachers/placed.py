@@ -26,3 +26,8 @@ class PlacedTeachers:
     def blocks(self, model: str, layers: Sequence[int]) -> Sequence[nn.Module]:
         """Blocks of a model, to run in another's place."""
         return self.sources[model].blocks(model, layers)
+
+    def head(self, model: str, module: str) -> nn.Module | None:
+        """A module of a model by its name, where its source has it in memory."""
+        find = getattr(self.sources[model], "head", None)
+        return find(model, module) if find is not None else None

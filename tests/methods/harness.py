@@ -203,7 +203,8 @@ class Step:
         """The objective and each loss of one micro-batch, over the denominators of all of them."""
         counts = self.distiller.denominators(batches)
         clock = replace(self.distiller.counters.on(self.distiller._clock), micro=row)
-        out = self.distiller.module(batches[row], clock, counts)
+        # Each loss with a gradient of its own, which fused ones have not.
+        out = self.distiller.module(batches[row], clock, counts, fused=False)
         return out.loss, out.values
 
     def gradient(self, value: Tensor) -> Tensor:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import networkx as nx
 
 from gkd_dsl.graph.access import inputs, natural
 from gkd_dsl.graph.nodes import BatchNode, ForwardNode, OpNode, TapNode
-from gkd_dsl.graph.plan import Apply, ForwardPlan, Free, Instruction, Run
+from gkd_dsl.graph.plan import Apply, ForwardPlan, Free, Fused, Instruction, Run
 from gkd_dsl.types import LossType, TensorType
 
 
@@ -59,8 +59,13 @@ def program(
             steps.append(Run(key))
         else:
             steps.append(Apply(key, node.op, tuple(inputs(graph, key).items()), node.attrs, node.type))
-    if not free:
-        return tuple(steps)
+    return with_frees(steps, keep, forwards) if free else tuple(steps)
+
+
+def with_frees(
+    steps: Sequence[Instruction], keep: Iterable[str], forwards: Iterable[ForwardPlan]
+) -> tuple[Instruction, ...]:
+    """The instructions with what dies after each; `keep` outlives them."""
     kept = set(keep)
     plans = {plan.key: plan for plan in forwards}
     last: dict[str, int] = {}
@@ -83,6 +88,8 @@ def made(step: Instruction, forwards: Mapping[str, ForwardPlan]) -> tuple[str, .
     """The keys that an instruction puts into the environment."""
     if isinstance(step, Run):
         return tuple(tap.key for tap in forwards[step.forward].taps)
+    if isinstance(step, Fused):
+        return tuple(term.key for term in step.terms)
     return (step.key,) if isinstance(step, Apply) else ()
 
 
@@ -90,6 +97,8 @@ def reads(step: Instruction, forwards: Mapping[str, ForwardPlan]) -> tuple[str, 
     """The keys of the environment that an instruction needs."""
     if isinstance(step, Run):
         return forwards[step.forward].reads
+    if isinstance(step, Fused):
+        return step.reads
     return tuple(key for _, key in step.inputs) if isinstance(step, Apply) else ()
 
 
@@ -109,6 +118,9 @@ def estimate(
             if step.op == "detach":
                 # The two are one tensor; it stays until the last of them goes.
                 live[step.inputs[0][1]] = 0
+        elif isinstance(step, Fused):
+            # Their logits are never whole; each gives a number.
+            live |= dict.fromkeys(made(step, by_key), element)
         else:
             for key in step.keys:
                 live.pop(key, None)

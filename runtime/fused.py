@@ -1,0 +1,120 @@
+"""Losses over the logits of language models, run with the heads: from a plan's `Fused` to one pass over tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from gkd_dsl.graph.plan import Apply, Counted, Fused, HeadPlan
+from gkd_dsl.runtime.ops.common import mask_for
+from gkd_dsl.runtime.ops.divergences import check_labels
+from gkd_dsl.runtime.ops.fused_head import Head, Teacher, fused_losses
+from gkd_dsl.runtime.ops.fused_rows import RowLoss
+from gkd_dsl.runtime.program import Env, plain
+from gkd_dsl.schedules import Clock
+
+Heads = Callable[[str, str], nn.Module | None]
+"""The module of a model by both names; None where it is not at hand."""
+
+
+@dataclass
+class FusedPart:
+    """What the fused losses of a step need to know, and what they give.
+
+    amounts       what multiplies each loss in the objective, by key
+    denominators  how many of its positions count in the whole step
+    sums          each loss divided by its denominator, without gradient; filled by the pass
+    totals        the parts of the objective with their gradients, one for each pass
+    """
+
+    amounts: Mapping[str, float]
+    denominators: Mapping[str, int]
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    totals: list[Tensor] = field(default_factory=list)
+
+
+class FusedLosses:
+    """Runs `Fused` instructions with the heads that `heads` finds. `counted` are the losses of the plan by key."""
+
+    def __init__(self, heads: Heads, counted: Mapping[str, Counted]) -> None:
+        self._heads = heads
+        self._counted = counted
+
+    def there(self, head: HeadPlan) -> bool:
+        """Whether the head is a plain linear map in memory: no adapter, no quantised weight, no hook of others."""
+        module = self._heads(head.model, head.module)
+        return type(module) is nn.Linear and not module._forward_hooks and not module._forward_pre_hooks
+
+    def run(self, step: Fused, env: Env, clock: Clock, part: FusedPart) -> None:
+        """One pass over the positions that count in any of the losses."""
+        hidden = env[step.student.hidden.key]
+        head = self._head(step.student)
+        weights = {term.key: self._weights(term, env, hidden, head.weight.shape[0]) for term in step.terms}
+        counts = torch.stack([mask for mask, _ in weights.values()]).any(0).flatten()
+        rows = None if bool(counts.all()) else counts.nonzero().squeeze(-1)
+        names = {name: head for head in step.teachers for name in head.names}
+        keys = [key for term in step.terms if (key := dict(term.inputs).get("teacher")) is not None]
+        # Copies that are detached are the same logits.
+        owners = {key: names[key].logits if key in names else key for key in keys}
+        order = list(dict.fromkeys(owners.values()))
+        by_logits = {head.logits: head for head in step.teachers}
+        teachers = [
+            self._teacher(by_logits[key], env, rows)
+            if key in by_logits
+            else Teacher(logits=env[key].flatten(0, 1), rows=rows)
+            for key in order
+        ]
+        losses = []
+        for term in step.terms:
+            slots = dict(term.inputs)
+            teacher = owners[slots["teacher"]] if "teacher" in slots else None
+            losses.append(
+                RowLoss(
+                    term.op,
+                    part.amounts.get(term.key, 0.0) / max(1, part.denominators[term.key]),
+                    _picked(weights[term.key][1], rows),
+                    None if teacher is None else order.index(teacher),
+                    {name: plain(value, clock) for name, value in term.attrs if name not in ("dims", "causal")},
+                    _picked(env[slots["labels"]], rows) if term.op == "cross_entropy" else None,
+                    # What an operator has made of logits may exclude classes.
+                    exact=teacher is None or teacher in by_logits,
+                )
+            )
+        total, sums = fused_losses(_picked(hidden, rows), head, teachers, losses)
+        part.totals.append(total)
+        for term, value in zip(step.terms, sums, strict=True):
+            part.sums[term.key] = value / max(1, part.denominators[term.key])
+
+    def _weights(self, term: Apply, env: Env, hidden: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+        """Where the positions of a loss count, Bool[B, L], and what each value is multiplied with."""
+        counted = self._counted[term.key]
+        shape = hidden.shape[:2]
+        mask = mask_for(shape, ("B", "L"), env[counted.valid] if counted.valid else None, False, hidden.device)
+        mask = torch.ones(shape, dtype=torch.bool, device=hidden.device) if mask is None else mask.expand(shape)
+        if term.op == "cross_entropy":
+            labels = env[dict(term.inputs)["labels"]]
+            mask = mask & (labels != -100)
+            check_labels(labels[mask], classes)
+        value = mask.to(torch.float64 if hidden.dtype == torch.float64 else torch.float32)
+        if counted.token_weight:
+            value = torch.where(mask, env[counted.token_weight].to(value.dtype), 0.0)
+        if counted.sample_weight:
+            value = torch.where(mask, value * env[counted.sample_weight].to(value.dtype).unsqueeze(-1), 0.0)
+        return mask, value
+
+    def _head(self, head: HeadPlan) -> Head:
+        module = self._heads(head.model, head.module)
+        assert isinstance(module, nn.Linear)
+        return Head(module.weight, module.bias, head.scale, head.softcap, head.divide)
+
+    def _teacher(self, head: HeadPlan, env: Env, rows: Tensor | None) -> Teacher:
+        return Teacher(_picked(env[head.hidden.key].detach(), rows), self._head(head))
+
+
+def _picked(x: Tensor, rows: Tensor | None) -> Tensor:
+    """[B, L, ...] -> [n, ...]: the positions of `rows`, or all."""
+    flat = x.flatten(0, 1)
+    return flat if rows is None else flat.index_select(0, rows)
