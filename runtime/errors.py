@@ -18,6 +18,7 @@ CANNOT_WRITE = "E0804"
 CHECKPOINT = "E0805"
 RUN_FOLDER = "E0806"
 CANNOT_RUN = "E0807"
+CACHE = "E0808"
 
 
 class RunError(Exception):

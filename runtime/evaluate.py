@@ -20,7 +20,7 @@ from gkd_dsl.runtime.models.tapper import Tapper
 from gkd_dsl.runtime.policy import Policies, Policy
 from gkd_dsl.runtime.program import Env, Program, batch_keys, plain
 from gkd_dsl.runtime.step import Batch
-from gkd_dsl.runtime.teachers.base import run_taps
+from gkd_dsl.runtime.teachers.base import TeacherSource, run_taps
 from gkd_dsl.schedules import Clock
 
 
@@ -35,7 +35,10 @@ class Place(Protocol):
 
 
 class Evaluator:
-    """Computes metrics: every model in eval mode, no gradient, one forward a model and batch for all of them."""
+    """Computes metrics: every model in eval mode, no gradient, one forward a model and batch for all of them.
+
+    `teachers` gives the taps of models that are not in memory, by model.
+    """
 
     def __init__(
         self,
@@ -43,11 +46,13 @@ class Evaluator:
         models: Mapping[str, PreTrainedModel],
         projections: Mapping[str, nn.Module],
         policies: Mapping[str, Policy] | None = None,
+        teachers: Mapping[str, TeacherSource] | None = None,
     ) -> None:
+        self._teachers = dict(teachers or {})
         self._plans = {item.metric.name: item for item in plan.metrics}
         run = [forward for item in plan.metrics for forward in item.forwards]
         lent = {c.model for forward in run for c in forward.changes if isinstance(c, ReplaceBlock)}
-        used = {forward.model for forward in run} | lent
+        used = ({forward.model for forward in run} | lent) - self._teachers.keys()
         self._models = {node.name: models[node.name] for node in plan.models if node.name in used}
         self._tappers = {node.name: Tapper(models[node.name], node.info) for node in plan.models if node.name in used}
         blocks = {node.key: projections[node.name] for node in plan.projections} | dict(projections)
@@ -91,7 +96,12 @@ class Evaluator:
         def forward(key: str, env: Env) -> None:
             if key not in taps:
                 planned = at_clock(forwards[key], clock)
-                taps[key] = run_taps(self._tappers[planned.model], planned, batch, env, edits(planned, env, self._lend))
+                changes = edits(planned, env, self._lend)
+                taps[key] = (
+                    self._teachers[planned.model].taps(planned, batch, env, changes)
+                    if planned.model in self._teachers
+                    else run_taps(self._tappers[planned.model], planned, batch, env, changes)
+                )
             env.update(taps[key])
 
         shared = batch_keys(batch)
@@ -103,6 +113,8 @@ class Evaluator:
             accumulators[item.metric.name].update(**{slot: env[key] for slot, key in item.inputs})
 
     def _lend(self, model: str, layers: Sequence[int]) -> Sequence[nn.Module]:
+        if model in self._teachers:
+            return self._teachers[model].blocks(model, layers)
         return self._tappers[model].blocks(layers)
 
 

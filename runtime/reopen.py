@@ -41,15 +41,15 @@ def evaluate_run(checked: Checked, folder: Path, checkpoint: str = "last") -> di
         if not names:
             continue
         loader = run.loader(plan)
-        models = {node.name: run.model(node.name) for node in plan.models}
+        made = run.placed(plan)
         run.make_projections(plan)
         run.make_policies(plan)
         total = length_of(plan.stage, loader).total_steps
         per_epoch = float(loader.steps_per_epoch(plan.stage.accumulate))
         counters = tuple(position.counters.items()) if position.stage == plan.name else ()
         clock = Clock(total, total, per_epoch, counters=counters, seed=plan.stage.seed)
-        evaluator = Evaluator(plan, models, run.projections, run.policies)
-        found[plan.name] = dict(evaluator(names, loader.held_out(), run.backend, clock))
+        evaluator = Evaluator(made.plan, made.models, run.projections, run.policies, made.sources)
+        found[plan.name] = dict(evaluator(names, made.loader.held_out(), run.backend, clock))
     if not found:
         raise RunError(CANNOT_RUN, "this spec has no metric", "declare one: `metric acc = accuracy(...)`")
     return found

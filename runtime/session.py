@@ -127,7 +127,9 @@ def finish(
         target = folder.export if len(names) == 1 else folder.export / name
         exports[name] = export_model(checked, plan, run, name, target, metrics=_pairs(before.get(last.name, {}), after))
     comparison = None
-    teacher = next((node.name for node in last.models if node.role == "teacher"), None)
+    # A teacher whose outputs were stored is not here to be timed.
+    there = [node.name for node in last.models if node.role == "teacher" and node.name in result.models]
+    teacher = there[0] if there else None
     # Of several students it is the one of the last stage that the held-out rows are for.
     names.sort(key=lambda name: all(node.name != name for node in last.models))
     held_out = _some(loader) if measure and teacher is not None and names else []

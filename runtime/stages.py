@@ -31,6 +31,7 @@ from gkd_dsl.runtime.policy import Policy, make_policies
 from gkd_dsl.runtime.records import EvaluateRecord, Listener, StageRecord, StepRecord
 from gkd_dsl.runtime.run_folder import RunFolder
 from gkd_dsl.runtime.step import StepModule, make_projections
+from gkd_dsl.runtime.teachers.make import Made, Place, Placement, make_teachers, placements
 
 _PLAN = "plan.json"
 Loaders = Callable[[StagePlan], Loader]
@@ -77,6 +78,7 @@ class Run:
         self.loaders: dict[str, Loader] = {}
         self._given, self._listeners = loaders, tuple(listeners)
         self._infos, self._seeds = _models(plan)
+        self._placements = placements(plan.runtime)
         self._fingerprint = fingerprint(plan)
         self._changed: set[str] = set()
         self._best: dict[str, dict[str, Tensor]] = {}
@@ -142,10 +144,34 @@ class Run:
                 self._seeds.setdefault(kept.like, self._seeds[name])
                 self.model(kept.like)
             made = load(info, models=self.models, seed=self._seeds[name], root=self.root)
-            self.models[name] = self.backend.place(made)
+            elsewhere = self._placements.get(name, Placement()).place in ("offload", "disk")
+            self.models[name] = made if elsewhere else self.backend.place(made)
             if base is not None or kept is not None:
                 self._changed.add(name)
         return self.models[name]
+
+    def seed(self, model: str) -> int:
+        """The seed of a model's new weights."""
+        return self._seeds.get(model, 0)
+
+    def placed(self, plan: StagePlan) -> Made:
+        """A stage whose models have their places; those whose outputs are stored are not made. Raises RunError."""
+        at = Place(
+            self.model,
+            student_of(plan),
+            self._seeds,
+            self.backend.device,
+            self.root,
+            self.folder.path if self.folder is not None else None,
+            alone=self.processes.count == 1,
+        )
+        made = make_teachers(plan, self._placements, self.loader(plan), at)
+        for name, placement in self._placements.items():
+            # A student that starts from its weights has them by now.
+            if placement.place == "cached":
+                self.models.pop(name, None)
+                self._changed.discard(name)
+        return made
 
     def _stage(self, plan: StagePlan, listeners: Sequence[Listener], stop: StopRequest, state: State | None) -> None:
         loader = self.loader(plan)
@@ -156,11 +182,12 @@ class Run:
                 f"stage `{plan.name}` evaluates, and its source holds nothing out",
                 "add `held_out = 10%` to the source",
             )
-        models = {node.name: self.model(node.name) for node in plan.models}
+        made = self.placed(plan)
+        plan, loader, models = made.plan, made.loader, made.models
         self.make_projections(plan)
         self.make_policies(plan)
         blocks = {node.name: self.projections[node.name] for node in plan.projections}
-        step = StepModule(plan, models, blocks, policies=self.policies)
+        step = StepModule(plan, models, blocks, made.teachers, policies=self.policies)
         self._changed |= set(step.trained)
         self.backend.begin(step, plan.stage.optim)
         position = state.position if state is not None else Position(plan.name, plan.stage.order)
@@ -191,7 +218,7 @@ class Run:
                 self.backend,
                 position,
                 length,
-                evaluator=Evaluator(plan, models, step.projections, self.policies),
+                evaluator=Evaluator(plan, models, step.projections, self.policies, made.sources),
                 listeners=listeners,
                 save=self._save,
                 restore_best=self._restore_best,

@@ -14,6 +14,7 @@ COMMANDS = {
     "graph": ("gkd_dsl.cli.graph", "graph"),
     "taps": ("gkd_dsl.cli.taps", "taps"),
     "run": ("gkd_dsl.cli.run", "run"),
+    "cache": ("gkd_dsl.cli.cache", "cache"),
     "eval": ("gkd_dsl.cli.run", "evaluate"),
     "export": ("gkd_dsl.cli.run", "export"),
     "methods": ("gkd_dsl.cli.methods", "methods"),

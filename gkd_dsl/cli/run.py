@@ -22,7 +22,7 @@ Run = Annotated[Path, typer.Argument(metavar="RUN", help="a run folder")]
 
 
 @contextmanager
-def _in_words() -> Iterator[None]:
+def in_words() -> Iterator[None]:
     """End with what went wrong in words; a traceback would be a fault of ours."""
     from gkd_dsl.models.errors import ModelError
     from gkd_dsl.runtime.data import DataError
@@ -82,7 +82,7 @@ def run(
         if ranked:
             fail("this process is one of several already: leave out `--processes`", USAGE)
         _launch(spec, params, processes, out=out, resume=resume, offline=offline, json=json)
-    with _in_words():
+    with in_words():
         from rich.console import Console
 
         from gkd_dsl.runtime.progress import Progress
@@ -113,7 +113,7 @@ def _launch(
 
 def _params_of(name: str, out: Path | None) -> dict[str, str]:
     """The parameters that the run to go on with was started with."""
-    with _in_words():
+    with in_words():
         from gkd_dsl.runtime.session import about, newest
 
         return about(out if out is not None else newest(name)).get("params", {})
@@ -160,7 +160,7 @@ def _loads(result: Checked, name: str) -> str:
 
 def _opened(folder: Path) -> tuple[Checked, Path]:
     """The spec of a run folder, checked with the parameters of the run."""
-    with _in_words():
+    with in_words():
         from gkd_dsl.runtime.session import about
 
         found = about(folder)
@@ -176,7 +176,7 @@ def evaluate(
 ) -> None:
     """Evaluate every metric of a run over its held-out set, from a checkpoint."""
     result, folder = _opened(folder)
-    with _in_words():
+    with in_words():
         from gkd_dsl.runtime.reopen import evaluate_run
 
         found = evaluate_run(result, folder, checkpoint)
@@ -200,7 +200,7 @@ def export(
     result, folder = _opened(folder)
     if model is not None and model not in result.models:
         fail(f"the spec has no model {model}; its models: {', '.join(result.models)}")
-    with _in_words():
+    with in_words():
         from gkd_dsl.runtime.reopen import export_run
 
         path, name = export_run(result, folder, checkpoint, to, model)

@@ -19,7 +19,7 @@ from gkd_dsl.text import Span
 class SettingRule:
     """What a setting takes. `words` are the bare names or texts that are allowed."""
 
-    kind: Literal["int", "float", "bool", "word", "duration", "source", "optim"]
+    kind: Literal["int", "float", "bool", "word", "folder", "duration", "source", "optim"]
     doc: str
     words: tuple[str, ...] = ()
     low: float | None = None
@@ -43,17 +43,19 @@ RUNTIME: Mapping[str, SettingRule] = {
     "precision": SettingRule("word", "precision of the forwards", ("fp32", "bf16")),
     "device": SettingRule("word", "the device", ("auto", "cpu", "cuda")),
     "checkpoint": SettingRule("bool", "gradient checkpointing: recompute activations in the backward"),
-    "fuse_logits": SettingRule("word", "fused losses over a language-model head", ("on", "off"), later=("on",)),
+    "fuse_logits": SettingRule("word", "losses over a language model's logits run with its head", ("auto", "on", "off")),
 }
 
 PLACEMENT: Mapping[str, SettingRule] = {
     "placement": SettingRule(
         "word",
         "where the weights live",
-        ("resident", "offload", "gemini", "cached"),
-        later=("offload", "gemini", "cached"),
+        ("resident", "offload", "disk", "gemini", "cached"),
+        later=("offload", "disk", "gemini"),
     ),
-    "cache": SettingRule("word", "whether its outputs are stored", ("off", "auto"), later=("auto",)),
+    "cache": SettingRule("folder", "`auto`, `off` or a folder with its stored outputs", ("off", "auto")),
+    "top_k": SettingRule("int", "how many logits of a row are stored (0: all)", low=0, high=10_000_000),
+    "tail": SettingRule("word", "the mass of the logits that are not stored", ("bucket", "renormalise")),
 }
 
 LATER_RUNTIME = ("shard_param_frac", "offload_optim_frac", "offload_param_frac", "placement_policy", "tensor_parallel")
@@ -101,7 +103,9 @@ def read(
 
 
 def _value(ctx: Context, scope: Scope, rule: SettingRule, name: str, expr: ast.Expr) -> Value:
-    if rule.kind == "word":
+    if rule.kind == "folder" and isinstance(expr, ast.String):
+        return Text(expr.value)
+    if rule.kind in ("word", "folder"):
         return _word(ctx, scope, rule, name, expr)
     value = ctx.evaluate(scope, expr)
     if isinstance(value, Unknown):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -41,7 +42,8 @@ class Sizes:
 class Loader:
     """The batches of one stage. A micro-batch has `batch_size` rows; the last of an epoch may have fewer.
 
-    `label_names` are the labels by class where the source has texts for them.
+    `label_names` are the labels by class where the source has texts for them. With `numbered`, batches have a column
+    `_row` with the number of each row: the training rows first, then those held out.
     """
 
     train_rows: datasets.Dataset = field(repr=False)
@@ -54,6 +56,7 @@ class Loader:
     sizes: Sizes
     task: str
     label_names: tuple[str, ...] = ()
+    numbered: bool = False
 
     @property
     def batches_per_epoch(self) -> int:
@@ -74,6 +77,14 @@ class Loader:
         """The micro-batches of an epoch from number `start` on; the ones before it are not read."""
         order = self.order(epoch)
         return self._batches(self.train_rows, order, epoch, range(start, self.batches_per_epoch))
+
+    def rows(self, numbers: Sequence[int]) -> Iterator[dict[str, Tensor]]:
+        """The rows of these numbers, ascending, in batches of training rows and then of rows held out."""
+        apart = self.sizes.train
+        for rows, first, epoch in ((self.train_rows, 0, 0), (self.held_out_rows, apart, _HELD_OUT_EPOCH)):
+            end = first + rows.num_rows
+            places = np.array([n - first for n in numbers if first <= n < end], dtype=np.int64)
+            yield from self._batches(rows, places, epoch, range(-(-len(places) // self.batch_size)))
 
     def held_out(self) -> Iterator[dict[str, Tensor]]:
         """The held-out rows in the order of the file; the same tensors at every call."""
@@ -98,7 +109,11 @@ class Loader:
     ) -> Iterator[dict[str, Tensor]]:
         def make(number: int) -> dict[str, Tensor]:
             places = order[number * self.batch_size : (number + 1) * self.batch_size].tolist()
-            return self.collator(rows[places], epoch, places)
+            batch = self.collator(rows[places], epoch, places)
+            if self.numbered:
+                first = self.sizes.train if epoch == _HELD_OUT_EPOCH else 0
+                batch["_row"] = torch.tensor(places, dtype=torch.int64) + first
+            return batch
 
         return _ahead(make, numbers)
 

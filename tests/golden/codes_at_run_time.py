@@ -10,4 +10,5 @@ WHILE_RUNNING: dict[str, str] = {
     "E0805": "a checkpoint that is damaged or of another spec; tests/runtime/test_checkpoint.py",
     "E0806": "a run folder that is taken; tests/cli/test_run_codes.py",
     "E0807": "what a run needs and is not there; tests/cli/test_run_codes.py",
+    "E0808": "stored outputs that are missing, damaged or of something else; tests/runtime/teachers/test_cached_teachers.py",
 }

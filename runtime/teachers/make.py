@@ -1,0 +1,196 @@
+"""Where each model of a stage lives, as the runtime block places it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from gkd_dsl.graph.nodes import AttrValue, ModelNode
+from gkd_dsl.graph.passes.sparse import TopK, sparse
+from gkd_dsl.graph.plan import StagePlan
+from gkd_dsl.graph.stored import kept, refusals, sparse_keys, student_task, taps_of, temperatures
+from gkd_dsl.runtime.errors import CACHE, CANNOT_RUN, RunError
+from gkd_dsl.runtime.teachers.base import TeacherSource
+from gkd_dsl.runtime.teachers.cached import CachedTeachers, FillingTeachers
+from gkd_dsl.runtime.teachers.identity import identity, missing, runs, stored_identity
+from gkd_dsl.runtime.teachers.live import LiveTeachers
+from gkd_dsl.runtime.teachers.parts import Layout
+from gkd_dsl.runtime.teachers.placed import PlacedTeachers
+from gkd_dsl.runtime.teachers.store import Store
+
+log = logging.getLogger("gkd_dsl")
+_NOT_STORED = ("off", "auto")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The settings of a model in the runtime block. `cache` is `off`, `auto` or a folder."""
+
+    place: str = "resident"
+    cache: str = "off"
+    top_k: int | None = None
+    tail: str = "bucket"
+
+
+def placements(runtime: tuple[tuple[str, AttrValue], ...]) -> dict[str, Placement]:
+    """The placements of a plan by model."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, value in runtime:
+        model, dot, setting = name.rpartition(".")
+        if dot:
+            found.setdefault(model, {})["place" if setting == "placement" else setting] = value
+    return {model: Placement(**settings) for model, settings in found.items()}
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a run knows that a source of taps is made from.
+
+    model   makes a model of the spec
+    reader  the model whose tokenizer reads the stage's source
+    folder  the run folder, if any
+    alone   whether one process makes the run
+    """
+
+    model: Callable[[str], PreTrainedModel]
+    reader: ModelNode
+    seeds: Mapping[str, int]
+    device: torch.device
+    root: Path
+    folder: Path | None = None
+    alone: bool = True
+
+
+@dataclass(frozen=True)
+class Made:
+    """A stage whose models have their places.
+
+    plan      the stage's plan, with sparse logits where they are stored so
+    loader    the batches, with row numbers where these are needed
+    models    the models in memory, by name
+    teachers  gives the taps of the models that the stage does not train
+    sources   gives those of one model, where an evaluation too has them from there
+    """
+
+    plan: StagePlan
+    loader: Any
+    models: dict[str, PreTrainedModel]
+    teachers: TeacherSource
+    sources: dict[str, TeacherSource]
+
+
+def make_teachers(plan: StagePlan, placed: Mapping[str, Placement], loader: Any, at: Place) -> Made:
+    """The models of a stage in their places. Raises RunError: a cache that is missing or of something else."""
+    trained = {target.name for target in plan.stage.trains if target.kind == "model"}
+    models: dict[str, PreTrainedModel] = {}
+    sources: dict[str, TeacherSource] = {}
+    layouts: dict[str, Layout] = {}
+    for node in plan.models:
+        how = placed.get(node.name, Placement())
+        if node.name in trained or (how.place == "resident" and how.cache == "off"):
+            models[node.name] = at.model(node.name)
+            if node.name not in trained:
+                sources[node.name] = LiveTeachers([node], models)
+        elif how.place == "cached":
+            if not runs(plan, node.name):
+                layout_of(plan, node.name, how)
+                continue
+            sources[node.name], layouts[node.name] = _cached(plan, node, how, loader, at)
+        else:
+            source = _in_memory(node, how, at, models)
+            filling = _filling(plan, node, how, loader, at, source) if how.cache == "auto" else None
+            if filling is not None:
+                source, layouts[node.name] = filling
+            sources[node.name] = source
+    keys: dict[str, TopK] = {}
+    for name, layout in layouts.items():
+        if layout.top_k is not None:
+            keys |= dict.fromkeys(sparse_keys(plan, name, layout.top_k.count), layout.top_k)
+    if layouts:
+        loader = replace(loader, numbered=True)
+    elsewhere = {name: source for name, source in sources.items() if name in layouts or name not in models}
+    return Made(sparse(plan, keys), loader, models, PlacedTeachers(sources), elsewhere)
+
+
+def layout_of(plan: StagePlan, model: str, how: Placement) -> Layout:
+    """What of a model a stage needs, and how its logits are stored. Raises RunError where they cannot be."""
+    why = next(refusals([plan], model, tasks=[rows_of(plan)], top_k=how.top_k, tail=how.tail), None)
+    if why is not None:
+        raise RunError(CANNOT_RUN, f"the outputs of `{model}` cannot be stored: {why}")
+    taps = taps_of(plan, model)
+    logits = next((type for path, type in taps.items() if path.kind == "logits"), None)
+    count = kept(logits.dims[-1].size, how.top_k) if logits is not None else None
+    top_k = TopK(count, temperatures(plan, model), how.tail) if count is not None else None
+    return Layout(taps, top_k)
+
+
+def rows_of(plan: StagePlan) -> str:
+    """What the rows of a stage are made into."""
+    from gkd_dsl.sources import task_of
+
+    head = student_task(plan)
+    return task_of(dict(plan.stage.source.args), head) if plan.stage.source is not None else head
+
+
+def stage_folder(folder: Path, plan: StagePlan) -> Path:
+    """Where the outputs for one stage are, below the folder of a model."""
+    return folder / plan.name.replace("/", ".")
+
+
+def _cached(plan: StagePlan, node: ModelNode, how: Placement, loader: Any, at: Place) -> tuple[TeacherSource, Layout]:
+    if how.cache in _NOT_STORED:
+        raise RunError(
+            CANNOT_RUN, f"`{node.name}` is placed as cached, and no folder is given", 'write `cache = "dir"`'
+        )
+    folder = stage_folder(at.root / how.cache, plan)
+    stored = stored_identity(folder) or {}
+    if how.top_k is None and "top_k" in stored:
+        how = replace(how, top_k=0 if stored["top_k"] == "all" else int(stored["top_k"]))
+    layout = layout_of(plan, node.name, how)
+    if layout.top_k is not None and stored.get("temperatures"):
+        layout = replace(layout, top_k=replace(layout.top_k, temperatures=tuple(stored["temperatures"])))
+    fields = identity(plan, node, at.reader, loader, layout, at.seeds.get(node.name, 0))
+    store = Store(folder, fields, fields["rows"] + fields["held_out rows"], read=True)
+    if absent := missing(plan, node.name, {*store.parts, *store.shared}):
+        raise RunError(CACHE, f"the stored teacher {folder} has no `{absent[0]}`", "make it again with `gkd cache`")
+    if not store.complete:
+        raise RunError(
+            CACHE, f"the stored teacher {folder} has {store.count} of {store.total} rows", "go on with `--resume`"
+        )
+    return CachedTeachers(store, layout), layout
+
+
+def _filling(
+    plan: StagePlan, node: ModelNode, how: Placement, loader: Any, at: Place, inner: TeacherSource
+) -> tuple[TeacherSource, Layout] | None:
+    """A source that stores what it runs; None, with the reason in the log, where that cannot be."""
+    if not runs(plan, node.name):
+        return None
+    try:
+        if at.folder is None:
+            raise RunError(CANNOT_RUN, "the run has no folder")
+        if not at.alone:
+            raise RunError(CANNOT_RUN, "more than one process makes the run")
+        layout = layout_of(plan, node.name, how)
+        fields = identity(plan, node, at.reader, loader, layout, at.seeds.get(node.name, 0))
+    except RunError as error:
+        log.warning(
+            "`cache = auto` of `%s` in stage `%s`: %s; it is run each time", node.name, plan.name, error.message
+        )
+        return None
+    folder = stage_folder(at.folder / "teachers" / node.name, plan)
+    store = Store(folder, fields, fields["rows"] + fields["held_out rows"])
+    return FillingTeachers(inner, store, layout), layout
+
+
+def _in_memory(node: ModelNode, how: Placement, at: Place, models: dict[str, PreTrainedModel]) -> TeacherSource:
+    if how.place != "resident":
+        raise RunError(CANNOT_RUN, f"`placement = {how.place}` is not in this version")
+    models[node.name] = at.model(node.name)
+    return LiveTeachers([node], models)

@@ -1,0 +1,276 @@
+"""Teachers whose outputs are stored: the same losses, no weights, and refusals by name."""
+
+import json
+
+import pytest
+import torch
+from stored_world import (
+    CACHED,
+    CLASSIFY,
+    LANGUAGE,
+    WORDS,
+    cache,
+    classifiers,
+    decoders,
+    placed,
+    plan,
+    run,
+    spec,
+    table,
+    tokenizer,
+)
+
+from gkd_dsl.models.errors import ModelError
+from gkd_dsl.runtime.errors import RunError
+from gkd_dsl.runtime.models import load
+from gkd_dsl.runtime.run_folder import RunFolder
+from gkd_dsl.runtime.stages import Run
+from gkd_dsl.runtime.teachers.store import Store
+
+ALL = "soft + hid + att"
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("GKD_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+def close(found, wanted, rtol):
+    assert len(found) == len(wanted) > 0
+    for mine, theirs in zip(found, wanted, strict=True):
+        assert mine == pytest.approx(theirs, rel=rtol, abs=1e-7)
+
+
+def test_whole_logits_give_the_same_losses_and_metrics(tmp_path):
+    folder = classifiers(tmp_path)
+    live = run(spec(folder, CLASSIFY, OBJECTIVE="soft"))
+    stored = spec(folder, CLASSIFY, CACHED, OBJECTIVE="soft")
+    cache(stored)
+    found = run(stored)
+    close(found.steps, live.steps, 1e-5)
+    assert found.metrics == live.metrics
+    assert len(found.metrics) == 2
+
+
+def test_features_are_those_in_bf16(tmp_path):
+    folder = classifiers(tmp_path)
+    live = run(spec(folder, CLASSIFY, OBJECTIVE=ALL))
+    stored = spec(folder, CLASSIFY, CACHED, OBJECTIVE=ALL)
+    cache(stored)
+    # bf16 keeps 8 bits: a relative error of 2^-9 in what the teacher gives.
+    close(run(stored).steps, live.steps, 1e-2)
+
+
+def test_a_run_from_the_cache_opens_no_weights(tmp_path, monkeypatch):
+    folder = classifiers(tmp_path)
+    stored = spec(folder, CLASSIFY, CACHED, OBJECTIVE=ALL)
+    cache(stored)
+    before = run(stored).steps
+    (folder / "t" / "model.safetensors").unlink()
+    original = load.load_with_report
+
+    def without_teacher(info, **options):
+        assert info.path != str(folder / "t")
+        return original(info, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(load, "load_with_report", without_teacher)
+        result = Run(plan(stored), root=folder).run()
+        assert set(result.models) == {"s"}
+        assert run(stored).steps == before
+    with pytest.raises(ModelError, match="no weights"):
+        run(spec(folder, CLASSIFY, OBJECTIVE=ALL, name="live.gkd"))
+
+
+def test_the_bytes_of_a_store_do_not_hang_on_the_batch_size(tmp_path):
+    folder = classifiers(tmp_path)
+    stored = spec(folder, CLASSIFY, CACHED, OBJECTIVE=ALL)
+    cache(stored)
+    first = Store(folder / "kept" / "main", {}, 20, read=True)
+    rows = list(range(20))
+    lengths = first.lengths(rows)
+    one = first.read(rows, [0] * 20, max(lengths), sorted(first.parts))
+    assert one["hidden.2"].dtype == torch.bfloat16
+    assert one["logits"].dtype == torch.float32
+    assert one["layer.1/attn.scores"].shape == (20, 2, max(lengths), max(lengths))
+    for place, length in enumerate(lengths):
+        assert (one["hidden.2"][place, length:] == 0).all()
+        assert (one["hidden.2"][place, :length].abs().sum(-1) > 0).all()
+    again = spec(
+        folder, CLASSIFY.replace("batch_size = 4", "batch_size = 7"), CACHED.replace("kept", "other"), OBJECTIVE=ALL
+    )
+    cache(again)
+    other = Store(folder / "other" / "main", {}, 20, read=True)
+    two = other.read(rows, [0] * 20, max(lengths), sorted(other.parts))
+    for name, value in one.items():
+        torch.testing.assert_close(two[name].float(), value.float(), rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize("op", ["kl", "reverse_kl", "jsd", "soft_cross_entropy"])
+def test_the_largest_logits_of_a_language_model(tmp_path, op):
+    folder = decoders(tmp_path)
+    words = {"LOSS": op}
+    dense = run(spec(folder, LANGUAGE, **words)).steps
+    whole = spec(folder, LANGUAGE, CACHED, **words)
+    cache(whole)
+    close(run(whole).steps, dense, 1e-4)
+    almost = spec(folder, LANGUAGE, placed("placement = cached", 'cache = "most"', "top_k = 44"), **words)
+    cache(almost)
+    # Of 45 classes one is left out: a bucket of one class is that class.
+    close(run(almost).steps, dense, 1e-4)
+    few = spec(folder, LANGUAGE, placed("placement = cached", 'cache = "few"', "top_k = 3"), **words)
+    cache(few)
+    sparse = run(few).steps
+    assert all(torch.isfinite(torch.tensor(step["soft"])) for step in sparse)
+    if op in ("kl", "reverse_kl", "jsd"):
+        assert 0 < sparse[0]["soft"] < dense[0]["soft"]
+
+
+def test_top_k_of_the_command_line_is_what_a_run_reads(tmp_path):
+    folder = decoders(tmp_path)
+    path = spec(folder, LANGUAGE, CACHED, LOSS="kl")
+    cache(path, top_k=5)
+    fields = json.loads((folder / "kept" / "main" / "manifest.json").read_text())
+    assert fields["identity"]["top_k"] == 5
+    assert fields["identity"]["temperatures"] == [1.0, 2.0]
+    assert set(fields["parts"]) == {"logits", "logits:ids", "logits:tail"}
+    run(path)
+    other = spec(folder, LANGUAGE, placed("placement = cached", 'cache = "kept"', "top_k = 6"), LOSS="kl")
+    with pytest.raises(RunError, match="top_k is 5 there and 6 here"):
+        run(other)
+
+
+def test_what_was_ended_is_gone_on_with(tmp_path):
+    folder = classifiers(tmp_path)
+    path = spec(folder, CLASSIFY, CACHED, OBJECTIVE=ALL)
+
+    def end(model, stage, done, total):
+        if done >= 12:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cache(path, shard_bytes=1000, tell=end)
+    (before,) = (folder / "kept").iterdir()
+    had = json.loads((before / "manifest.json").read_text())["stored"]
+    assert 0 < had <= 12
+    # A file that was being written when the process died.
+    (before / ".shard-00099.safetensors.7").write_bytes(b"half")
+    with pytest.raises(RunError, match=r"has .* of 20 rows"):
+        run(path)
+    with pytest.raises(RunError, match="--resume"):
+        cache(path)
+    (filled,) = cache(path, shard_bytes=1000, resume=True)
+    assert (filled.rows, filled.new) == (20, 20 - had)
+    steps = run(path).steps
+    whole = spec(folder, CLASSIFY, CACHED.replace("kept", "whole"), OBJECTIVE=ALL)
+    cache(whole)
+    close(steps, run(whole).steps, 1e-3)
+    assert cache(path, resume=True)[0].new == 0
+
+
+def test_damage_is_seen(tmp_path):
+    folder = classifiers(tmp_path)
+    path = spec(folder, CLASSIFY, CACHED, OBJECTIVE=ALL)
+    cache(path)
+    shard = folder / "kept" / "main" / "shard-00000.safetensors"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
+    with pytest.raises(RunError, match=r"E0808.*checksum"):
+        run(path)
+    shard.write_bytes(whole[:-1])
+    with pytest.raises(RunError, match=f"has {len(whole) - 1} bytes, and the manifest says {len(whole)}"):
+        run(path)
+    shard.unlink()
+    with pytest.raises(RunError, match="E0808"):
+        run(path)
+    (folder / "kept" / "main" / "manifest.json").write_text("{")
+    with pytest.raises(RunError, match="cannot be read"):
+        run(path)
+
+
+def test_another_data_set_tokenizer_or_model_is_refused_by_name(tmp_path):
+    folder = classifiers(tmp_path)
+    path = spec(folder, CLASSIFY, CACHED, OBJECTIVE="soft")
+    cache(path)
+    run(path)
+    with pytest.raises(RunError, match=r"has no `hidden\[2\]`"):
+        run(spec(folder, CLASSIFY, CACHED, OBJECTIVE="soft + hid", name="more.gkd"))
+    table(folder, 20, seed=1)
+    with pytest.raises(RunError, match=r"data set is .* there and .* here"):
+        run(path)
+    table(folder, 20)
+    run(path)
+    with pytest.raises(RunError, match="data set is"):
+        run(spec(folder, CLASSIFY.replace("batch_size", "max_length = 6\n  batch_size"), CACHED, OBJECTIVE="soft"))
+    path = spec(folder, CLASSIFY, CACHED, OBJECTIVE="soft")
+    tokenizer(WORDS[::-1]).save_pretrained(folder / "s")
+    tokenizer(WORDS[::-1]).save_pretrained(folder / "t")
+    with pytest.raises(RunError, match="tokenizer is"):
+        run(path)
+    for name in ("s", "t"):
+        tokenizer().save_pretrained(folder / name)
+    run(path)
+    config = json.loads((folder / "t" / "config.json").read_text())
+    (folder / "t" / "config.json").write_text(json.dumps(config | {"layer_norm_eps": 0.1}))
+    with pytest.raises(RunError, match="model config is"):
+        run(path)
+
+
+def test_auto_runs_the_teacher_in_the_first_epoch_alone(tmp_path, monkeypatch):
+    folder = classifiers(tmp_path)
+    path = spec(folder, CLASSIFY, placed("cache = auto"), OBJECTIVE=ALL)
+    forwards = []
+    from gkd_dsl.runtime.teachers import live
+
+    original = live.run_taps
+    monkeypatch.setattr(live, "run_taps", lambda *given: forwards.append(given[1].model) or original(*given))
+    auto = run(path, RunFolder.create("auto", out=folder / "auto"))
+    # 16 rows to train on and 4 held out, 4 a batch: each once, of three epochs and two evaluations.
+    assert forwards == ["t"] * 5
+    close(auto.steps, run(spec(folder, CLASSIFY, OBJECTIVE=ALL, name="live.gkd")).steps, 1e-2)
+    stored = spec(folder, CLASSIFY, CACHED, OBJECTIVE=ALL, name="cached.gkd")
+    cache(stored)
+    close(auto.steps, run(stored).steps, 1e-3)
+
+
+def test_auto_goes_on_after_a_kill(tmp_path):
+    folder = classifiers(tmp_path)
+    text = CLASSIFY.replace("batch_size = 4", "batch_size = 4\n  checkpoint_every = 1 steps")
+    path = spec(folder, text, placed("cache = auto"), OBJECTIVE=ALL)
+    whole = run(path, RunFolder.create("a", out=folder / "a"))
+
+    class Kill:
+        def on_stage(self, record):
+            pass
+
+        def on_step(self, record):
+            if record.step == 7:
+                raise MemoryError("killed")
+
+        def on_evaluate(self, record):
+            pass
+
+        def close(self):
+            pass
+
+    with pytest.raises(MemoryError):
+        run(path, RunFolder.create("b", out=folder / "b"), listeners=[Kill()])
+    rest = run(path, RunFolder.open(folder / "b"), resume=True)
+    assert rest.steps == whole.steps[-len(rest.steps) :]
+    assert 0 < len(rest.steps) < len(whole.steps)
+
+
+def test_auto_says_why_it_does_not_store(tmp_path, caplog):
+    folder = classifiers(tmp_path)
+    path = spec(folder, CLASSIFY, placed("cache = auto"), OBJECTIVE="soft")
+    run(path)
+    assert "the run has no folder" in caplog.text
+
+
+def test_all_frozen_teachers_without_a_place(tmp_path, monkeypatch):
+    folder = classifiers(tmp_path)
+    path = spec(folder, CLASSIFY, OBJECTIVE="soft")
+    (filled,) = cache(path, out=folder / "out")
+    assert filled.folder == folder / "out" / "t" / "main"
+    found = run(spec(folder, CLASSIFY, CACHED.replace("kept", "out/t"), OBJECTIVE="soft"))
+    assert found.steps
