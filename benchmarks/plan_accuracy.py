@@ -57,6 +57,7 @@ ATTENTION = (
     "mean(attention_kl(s.layer[i].attn.scores <- t.layer[j].attn.scores) for (i, j) in uniform(s.layer, t.layer))"
 )
 SOFT = {"hard": "cross_entropy(s.logits, batch.labels)", "soft": "kl(s.logits <- t.logits, temperature = 2.0)"}
+NAIVE = "fuse_logits = off"
 CASES = (
     Case("BERT, logits", "bert", SOFT),
     Case("BERT, hidden taps", "bert", {**SOFT, "hid": HIDDEN}, projects=True),
@@ -65,13 +66,16 @@ CASES = (
     Case("BERT, 32 x 64 tokens, two micro-batches", "bert", SOFT, 32, 64, accumulate=2),
     Case("BERT, 4 x 384 tokens", "bert", SOFT, 4, 384),
     Case("BERT, two teachers", "bert", {**SOFT, "two": "kl(s.logits <- t1.logits)"}, teachers=2),
-    Case("DistilBERT, masked tokens", "distilbert", SOFT, 8, 96, task="masked_lm"),
-    Case("GPT-2, next token", "gpt2", SOFT, 4, 128, task="causal_lm"),
-    Case("Llama, next token", "llama", SOFT, 4, 128, task="causal_lm"),
-    Case("Llama, next token, hidden taps, checkpointing", "llama", {**SOFT, "hid": HIDDEN}, 4, 256,
+    Case("DistilBERT, masked tokens", "distilbert", SOFT, 8, 96, task="masked_lm", runtime=NAIVE),
+    Case("GPT-2, next token", "gpt2", SOFT, 4, task="causal_lm", runtime=NAIVE),
+    Case("Llama, next token", "llama", SOFT, 4, task="causal_lm", runtime=NAIVE),
+    Case("Llama, generalized JSD", "llama", {"soft": "jsd(s.logits <- t.logits)"}, 4, task="causal_lm", runtime=NAIVE),
+    Case("Llama, next token, bf16", "llama", SOFT, 4, runtime=f"{NAIVE}\n  precision = bf16", task="causal_lm"),
+    Case("GPT-2, fused", "gpt2", SOFT, 8, task="causal_lm"),
+    Case("Llama, fused", "llama", SOFT, 8, 256, task="causal_lm"),
+    Case("Llama, fused, hidden taps, checkpointing", "llama", {**SOFT, "hid": HIDDEN}, 4, 256,
          runtime="checkpoint = true", task="causal_lm", projects=True),
-    Case("Llama, generalized JSD", "llama", {"soft": "jsd(s.logits <- t.logits)"}, 4, 128, task="causal_lm"),
-    Case("Llama, next token, bf16", "llama", SOFT, 4, 128, runtime="precision = bf16", task="causal_lm"),
+    Case("Llama, fused, bf16", "llama", SOFT, 8, 256, runtime="precision = bf16", task="causal_lm"),
 )  # fmt: skip
 
 

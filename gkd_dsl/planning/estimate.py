@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from gkd_dsl.graph.nodes import ModelNode
-from gkd_dsl.graph.plan import SpecPlan, StagePlan
+from gkd_dsl.graph.passes.fuse import fuse
+from gkd_dsl.graph.plan import HeadPlan, SpecPlan, StagePlan
 from gkd_dsl.planning import parameters
 from gkd_dsl.planning.blocks import Shape
 from gkd_dsl.planning.layout import Placed, Setup, Trained, frozen, trained
@@ -102,6 +103,7 @@ def estimate_stage(
         machine.kind == "cpu",
     )
     models = {node.name: _model(stage, node, setup, machine) for node in stage.models}
+    stage = _fused(stage, models, setup)
     beside = {node.name: parameters.projection(node) for node in stage.projections}
     beside |= {item.node.name: parameters.policy(item.node) for item in stage.policies}
     ledger = _device(stage, models, beside, setup, machine, shape)
@@ -114,9 +116,30 @@ def estimate_stage(
         shape.length,
         tuple(ledger.parts().items()),
         ledger.moment,
-        tuple(_host(models, setup, machine).items()),
+        tuple(_host(models, setup, _moments(stage)).items()),
         work(stage, models, setup, shape, machine),
     )
+
+
+def seconds_of(plan: SpecPlan, machine: Machine, setup: Setup) -> float:
+    """The least time of one step of every stage."""
+    total = 0.0
+    for stage in plan.stages:
+        models = {node.name: _model(stage, node, setup, machine) for node in stage.models}
+        shape = Shape(setup.rows(stage.stage, machine), length_of(stage), setup.half, machine.kind == "cpu")
+        total += work(stage, models, setup, shape, machine).seconds(machine)
+    return total
+
+
+def least_bytes(plan: SpecPlan, machine: Machine, setup: Setup) -> int:
+    """What a device holds in any case: weights, and what the optimiser keeps."""
+    most = 0
+    for stage in plan.stages:
+        models = [_model(stage, node, setup, machine) for node in stage.models]
+        total = sum(model.placed.device for model in models)
+        total += _state(stage, setup, machine, sum(model.trained.count for model in models))
+        most = max(most, total)
+    return most
 
 
 def length_of(stage: StagePlan) -> int:
@@ -131,6 +154,18 @@ def length_of(stage: StagePlan) -> int:
         if isinstance(found := parameters.config_value(node.info, name), int)
     ]
     return min([length, *most])
+
+
+def _fused(stage: StagePlan, models: Mapping[str, Model], setup: Setup) -> StagePlan:
+    """The plan that is run: losses over the heads of models in memory are fused, unless that is turned off."""
+    if not setup.fuse:
+        return stage
+
+    def there(head: HeadPlan) -> bool:
+        model = models[head.model]
+        return bool(model.trained.count) or model.placed.where == "resident"
+
+    return fuse(replace(stage, fuse_logits="auto"), there)
 
 
 def _model(stage: StagePlan, node: ModelNode, setup: Setup, machine: Machine) -> Model:
@@ -178,25 +213,32 @@ def _device(
 ) -> Ledger:
     ledger = Ledger()
     extra = sum(beside.values())
-    gemini, ranks = setup.backend == "gemini", setup.ranks(machine)
+    gemini = setup.backend == "gemini"
     for model in models.values():
         ledger.add("chunks" if model.placed.where == "gemini" else "weights", model.placed.device)
     ledger.add("weights", (2 if gemini else 4) * extra)
     optimised = sum(model.trained.count for model in models.values()) + extra
-    optim = stage.stage.optim
-    moments = 2 if optim.name == "adamw" else 1 if optim.momentum else 0
-    if gemini:
-        state = 4 * (1 + moments) * optimised / ranks * (1 - setup.offload_optim_frac)
-    else:
-        state = 4 * moments * optimised
-    ledger.add("optimizer", state)
+    ledger.add("optimizer", _state(stage, setup, machine, optimised))
     columns = 8 * len(stage.columns) * shape.tokens * setup.micro(stage.stage)
     ledger.add("activations", columns)
     micro = setup.micro(stage.stage)
     for number in range(min(2, micro)):
         _micro(stage, models, setup, shape, ledger, extra, grown=number > 0)
-    _optimize(ledger, models, stage, setup, shape, optimised, moments)
+    _optimize(ledger, models, stage, setup, shape, optimised)
     return ledger
+
+
+def _moments(stage: StagePlan) -> int:
+    optim = stage.stage.optim
+    return 2 if optim.name == "adamw" else 1 if optim.momentum else 0
+
+
+def _state(stage: StagePlan, setup: Setup, machine: Machine, optimised: int) -> int:
+    """Bytes of the optimiser on a device: its moments, and in Gemini the fp32 weights, its share of them."""
+    if setup.backend != "gemini":
+        return 4 * _moments(stage) * optimised
+    own = optimised / setup.ranks(machine) * (1 - setup.offload_optim_frac)
+    return round(4 * (1 + _moments(stage)) * own)
 
 
 def _micro(
@@ -229,24 +271,23 @@ def _optimize(
     setup: Setup,
     shape: Shape,
     optimised: int,
-    moments: int,
 ) -> None:
     """Adam's square roots: of one tensor at a time on the CPU, of all at once on a GPU."""
-    if moments < 2 or setup.backend == "gemini":
+    if _moments(stage) < 2 or setup.backend == "gemini":
         ledger.mark("the optimizer")
         return
     largest = max((model.trained.largest for model in models.values()), default=0)
     ledger.mark("the optimizer", optimizer=4 * (2 * largest if shape.cpu else optimised))
 
 
-def _host(models: Mapping[str, Model], setup: Setup, machine: Machine) -> dict[str, int]:
+def _host(models: Mapping[str, Model], setup: Setup, moments: int) -> dict[str, int]:
     found: dict[str, int] = {}
     for model in models.values():
         if model.placed.host:
             found[f"{model.placed.name} weights"] = model.placed.host
     if setup.backend == "gemini" and setup.offload_optim_frac:
         count = sum(model.trained.count for model in models.values())
-        found["optimizer"] = round(12 * count * setup.offload_optim_frac)
+        found["optimizer"] = round(4 * (1 + moments) * count * setup.offload_optim_frac)
     return found
 
 

@@ -24,7 +24,7 @@ class Setup:
     backend: str = "local"
     half: bool = False
     checkpoint: bool = False
-    fuse: bool = False
+    fuse: bool = True
     placement: tuple[tuple[str, str], ...] = ()
     shard_param_frac: float = 1.0
     offload_optim_frac: float = 0.0
@@ -32,8 +32,8 @@ class Setup:
     split: int = 1
 
     @classmethod
-    def of(cls, plan: SpecPlan, *, fuses: bool = False) -> Setup:
-        """What a spec says; `fuses`: losses over a head run fused where nothing is said."""
+    def of(cls, plan: SpecPlan) -> Setup:
+        """What a spec says."""
         given: Mapping[str, Any] = dict(plan.runtime)
         backend = str(given.get("backend", "local"))
         placed = {
@@ -43,7 +43,7 @@ class Setup:
             backend,
             str(given.get("precision", "fp32")) != "fp32" or backend == "gemini",
             bool(given.get("checkpoint", False)),
-            str(given.get("fuse_logits", "on" if fuses else "off")) == "on",
+            str(given.get("fuse_logits", "auto")) != "off",
             tuple(sorted(placed.items())),
             float(given.get("shard_param_frac", 1.0)),
             float(given.get("offload_optim_frac", 0.0)),
@@ -138,12 +138,12 @@ def frozen(node: ModelNode, setup: Setup, machine: Machine, share: float = 1.0) 
     embeddings = parameters.part(node.info, "embed").count if found.exact else 0
     if where == "cached":
         return Placed(node.name, where, count, exact=found.exact)
-    if where == "offload":
+    if where in ("offload", "disk"):
         work = wide * max(2 * block, embeddings, found.largest)
-        return Placed(
-            node.name, where, count, host=wide * count * ranks, work=work, moved=round(wide * count * share),
-            exact=found.exact,
-        )  # fmt: skip
+        # From disk the pages that are read are the system's to keep or drop; what is read ahead is ours.
+        host = wide * count * ranks if where == "offload" else 2 * work
+        moved = round(wide * count * share)
+        return Placed(node.name, where, count, host=host, work=work, moved=moved, exact=found.exact)
     if where == "gemini":
         own = count / ranks if setup.shard_param_frac > 0 else count
         offloaded = setup.offload_param_frac

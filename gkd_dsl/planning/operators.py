@@ -43,11 +43,15 @@ HELD: Mapping[str, Held] = {
 OTHER = Held(4.0, 2.0, 2.0)
 """What is taken for an operator that was not counted."""
 
-ON_LOGITS = ("kl", "reverse_kl", "jsd", "soft_cross_entropy", "cross_entropy")
-"""The losses that can run fused with a language model's head."""
-
 TILE = {"cpu": 80 * 2**20, "cuda": 256 * 2**20}
-"""Bytes of a tile of logits in the fused form; two are alive, and one more for each further teacher."""
+"""Bytes of a tile of logits in the fused form; one is alive for the student, and one for each teacher."""
+
+
+BLOCK = {"cpu": 5 * 2**18, "cuda": 64 * 2**20}
+"""Bytes of the rows that its elementwise work takes at a time."""
+
+WORK = 6
+"""Copies of such rows that are alive at once."""
 
 
 def held(op: str) -> Held:

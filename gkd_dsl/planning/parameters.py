@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 from gkd_dsl.graph.nodes import PolicyNode, ProjectNode
@@ -28,12 +28,12 @@ class Parameters:
     shapes: tuple[tuple[str, Shape], ...]
     exact: bool = True
 
-    @property
+    @cached_property
     def count(self) -> int:
         """How many numbers."""
         return sum(math.prod(shape) for _, shape in self.shapes)
 
-    @property
+    @cached_property
     def largest(self) -> int:
         """The size of the largest tensor."""
         return max((math.prod(shape) for _, shape in self.shapes), default=0)
@@ -72,6 +72,7 @@ def parameters(info: ModelInfo) -> Parameters:
     return Parameters((*found, *_head(info)))
 
 
+@lru_cache(maxsize=1024)
 def part(info: ModelInfo, name: str | None) -> Parameters:
     """The parameters of a part (`head`, `embed`, `body`, `layer.3`), None for all.
 

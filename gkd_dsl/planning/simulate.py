@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from gkd_dsl.graph.nodes import ModelNode
 from gkd_dsl.graph.passes.liveness import size
-from gkd_dsl.graph.plan import Apply, ForwardPlan, Free, Run, StagePlan, TapPlan
+from gkd_dsl.graph.plan import Apply, ForwardPlan, Free, Fused, Run, StagePlan, TapPlan
 from gkd_dsl.models.taps import TapPath
 from gkd_dsl.planning import blocks, operators, parameters
 from gkd_dsl.planning.blocks import FULL, Shape
 from gkd_dsl.planning.layout import Placed, Setup, Trained
 from gkd_dsl.planning.ledger import Ledger
 
-_ALIASED = ("hidden", "final", "layer", "embed")
+_ALIASED = ("hidden", "final", "layer", "embed", "module")
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,7 @@ class Micro:
         self._alive: dict[str, tuple[str, int]] = {}
         self._sizes: dict[str, int] = {}
         self._graded: set[str] = set()
-        self._saved: list[Apply | ForwardPlan] = []
-        self._fused = fused_keys(stage, models) if setup.fuse else frozenset()
-        self._unmade = _unmade(stage, self._fused)
-        self._roots: dict[str, str] = {}
+        self._saved: list[Apply | Fused | ForwardPlan] = []
 
     def forward(self) -> None:
         """All instructions."""
@@ -60,7 +57,9 @@ class Micro:
             elif isinstance(step, Free):
                 for key in step.keys:
                     self._drop(key)
-            elif isinstance(step, Apply):
+            elif isinstance(step, Fused):
+                self._fuse(step)
+            else:
                 self._apply(step)
         self.ledger.mark("the end of the forward")
 
@@ -68,7 +67,9 @@ class Micro:
         """The backward, latest first; `grown`: gradients are there from an earlier micro-batch."""
         waiting: dict[str, int] = {}
         for entry in reversed(self._saved):
-            if isinstance(entry, Apply):
+            if isinstance(entry, Fused):
+                self.ledger.add("losses", -self._fused_bytes(entry))
+            elif isinstance(entry, Apply):
                 self._apply_backward(entry, waiting)
             else:
                 self._run_backward(entry, waiting, grown)
@@ -83,7 +84,7 @@ class Micro:
             self._sizes[tap.key] = size(tap.type, shape.rows, shape.length)
         graded = forward.grad and model.placed.where != "cached"
         ran = depth(forward, model.node)
-        new = [tap for tap in forward.taps if tap.key not in self._unmade and not (graded and _is_kept(tap.path))]
+        new = [tap for tap in forward.taps if not (graded and _is_kept(tap.path))]
         inside = [tap for tap in new if tap.path.kind != "logits"]
         outside = [tap for tap in new if tap.path.kind == "logits"]
         if graded:
@@ -141,13 +142,8 @@ class Micro:
             # One tensor under two names; it stays until the last of them goes.
             source = step.inputs[0][1]
             self._alive[step.key] = self._alive.pop(source, ("taps", 0))
-            if source in self._unmade:
-                self._unmade.add(step.key)
             return
         held = operators.held(step.op)
-        if step.key in self._fused:
-            self._fuse(step)
-            return
         self.ledger.mark(f"the operator {step.op}", losses=held.while_it_runs * largest)
         count = self._sizes[step.key] * (1 if getattr(step.type, "dtype", "") == "bool" else FULL)
         self._alive[step.key] = ("losses", count)
@@ -157,31 +153,34 @@ class Micro:
             self._saved.append(step)
             self.ledger.add("losses", held.for_backward * largest)
 
-    def _fuse(self, step: Apply) -> None:
+    def _fuse(self, step: Fused) -> None:
         """The gradients of the head's weight and of its input are made in the forward, tile by tile."""
+        for term in step.terms:
+            self._sizes[term.key] = size(term.type, self.shape.rows, self.shape.length)
         self._saved.append(step)
-        self._graded.add(step.key)
         self.ledger.add("losses", self._fused_bytes(step))
+        heads = [self.models[head.model].node.info for head in (step.student, *step.teachers)]
         tile = operators.TILE["cpu" if self.shape.cpu else "cuda"]
-        rows = max(self._sizes[key] for slot, key in step.inputs if slot in ("student", "teacher")) * FULL
-        self.ledger.mark(f"the fused loss {step.op}", losses=2 * min(tile, rows))
+        words = heads[0].size("V") or 1
+        tiles = len(heads) * min(tile, words * self.shape.tokens * self.shape.element)
+        rows = sum(self.shape.tokens * (info.size("H") or 1) * self.shape.element for info in heads)
+        casts = sum(2 * (info.size("V") or 1) * (info.size("H") or 1) for info in heads) if self.setup.half else 0
+        work = operators.WORK * min(
+            operators.BLOCK["cpu" if self.shape.cpu else "cuda"], FULL * words * self.shape.tokens
+        )
+        self.ledger.mark("the fused losses", losses=tiles + rows + casts + work)
 
-    def _fused_bytes(self, step: Apply) -> int:
-        """Bytes of the gradients of head and hidden states; the first loss over some logits makes them for all."""
-        source = dict(step.inputs)["student"]
-        if self._roots.setdefault(source, step.key) != step.key:
-            return 0
-        info = self.models[next(f.model for f in self.stage.forwards if any(t.key == source for t in f.taps))].node.info
+    def _fused_bytes(self, step: Fused) -> int:
+        """Bytes of the gradients of the head's weight and of what it is given."""
+        info = self.models[step.student.model].node.info
         width, words = info.size("H") or 1, info.size("V") or 1
-        return FULL * width * (words + self.shape.tokens)
+        wide = 2 if self.setup.backend == "gemini" else FULL
+        return width * (wide * words + FULL * self.shape.tokens)
 
     def _apply_backward(self, step: Apply, waiting: dict[str, int]) -> None:
         inputs = [key for _, key in step.inputs if key in self._sizes]
         largest = max((self._sizes[key] for key in inputs), default=0) * FULL
         held = operators.held(step.op)
-        if step.key in self._fused:
-            self.ledger.add("losses", -self._fused_bytes(step))
-            return
         self.ledger.mark(f"the backward of {step.op}", losses=held.in_backward * largest)
         self.ledger.add("losses", -held.for_backward * largest)
         self.ledger.add("losses", -waiting.pop(step.key, 0))
@@ -266,43 +265,3 @@ def _scored(forward: ForwardPlan) -> frozenset[int]:
 def _is_kept(path: TapPath) -> bool:
     """Whether a tap of a forward in training is a tensor that its backward keeps anyway."""
     return path.kind in _ALIASED and path.part not in ("attn.scores",)
-
-
-def fused_keys(stage: StagePlan, models: Mapping[str, Model]) -> frozenset[str]:
-    """The losses that can run fused with the head of a language model that is trained or frozen."""
-    heads = {
-        tap.key
-        for forward in stage.forwards
-        for tap in forward.taps
-        if tap.path.kind == "logits"
-        and forward.grad
-        and models[forward.model].node.info.task in ("causal_lm", "masked_lm")
-    }
-    return frozenset(
-        step.key
-        for step in stage.program
-        if isinstance(step, Apply) and step.op in operators.ON_LOGITS and dict(step.inputs).get("student") in heads
-    )
-
-
-def _unmade(stage: StagePlan, fused: frozenset[str]) -> set[str]:
-    """The logits that are never made: those that fused losses alone read."""
-    if not fused:
-        return set()
-    names = {step.key: step.inputs[0][1] for step in stage.program if isinstance(step, Apply) and step.op == "detach"}
-    readers: dict[str, list[str]] = {}
-    for step in stage.program:
-        if isinstance(step, Apply) and step.op != "detach":
-            for _, key in step.inputs:
-                readers.setdefault(names.get(key, key), []).append(step.key)
-    return {
-        tap.key
-        for forward in stage.forwards
-        for tap in forward.taps
-        if tap.path.kind == "logits" and readers.get(tap.key) and all(key in fused for key in readers[tap.key])
-    }
-
-
-def with_length(shape: Shape, rows: int) -> Shape:
-    """The same for other rows."""
-    return replace(shape, rows=rows)
