@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gkd_dsl.graph.plan import Apply, Counted, Fused, HeadPlan
+from gkd_dsl.runtime.models.tapper import readable
 from gkd_dsl.runtime.ops.common import mask_for
 from gkd_dsl.runtime.ops.divergences import check_labels
 from gkd_dsl.runtime.ops.fused_head import Head, Teacher, fused_losses
@@ -84,6 +85,9 @@ class FusedLosses:
                 )
             )
         total, sums = fused_losses(_picked(hidden, rows), head, teachers, losses)
+        share = current()
+        if share is not None and share.idle:
+            total, sums = total * 0.0, [value * 0.0 for value in sums]
         part.totals.append(total)
         for term, value in zip(step.terms, sums, strict=True):
             part.sums[term.key] = value / max(1, part.denominators[term.key])
@@ -108,7 +112,8 @@ class FusedLosses:
     def _head(self, head: HeadPlan) -> Head:
         module = self._heads(head.model, head.module)
         assert isinstance(module, nn.Linear)
-        return Head(module.weight, module.bias, head.scale, head.softcap, head.divide)
+        bias = readable(module.bias) if module.bias is not None else None
+        return Head(readable(module.weight), bias, head.scale, head.softcap, head.divide)
 
     def _teacher(self, head: HeadPlan, env: Env, rows: Tensor | None) -> Teacher:
         return Teacher(_picked(env[head.hidden.key].detach(), rows), self._head(head))

@@ -149,7 +149,7 @@ class Tapper:
 
         Raises TapError for a tap that the model lacks, or that its forward does not reach.
         """
-        found = {path: _readable(self._weight(path)) for path in paths if path.kind == "weight"}
+        found = {path: readable(self._weight(path)) for path in paths if path.kind == "weight"}
         wanted = [path for path in paths if path.kind != "weight"]
         if not wanted:
             return found
@@ -319,7 +319,7 @@ def plain(value: Tensor) -> Tensor:
         return value.as_subclass(Tensor)
 
 
-def _readable(weight: Tensor) -> Tensor:
+def readable(weight: Tensor) -> Tensor:
     """A weight that any code can read: one of a backend's class is there only while an operation of torch reads it."""
     return weight if type(weight) in (Tensor, nn.Parameter) else plain(weight.clone())
 
