@@ -15,6 +15,7 @@ from gkd_dsl.runtime.ops.divergences import check_labels
 from gkd_dsl.runtime.ops.fused_head import Head, Teacher, fused_losses
 from gkd_dsl.runtime.ops.fused_rows import RowLoss
 from gkd_dsl.runtime.program import Env, plain
+from gkd_dsl.runtime.rows import current
 from gkd_dsl.schedules import Clock
 
 Heads = Callable[[str, str], nn.Module | None]
