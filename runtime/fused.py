@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from gkd_dsl.graph.plan import Apply, Counted, Fused, HeadPlan
+from gkd_dsl.graph.passes.fuse import fuse, fusions
+from gkd_dsl.graph.plan import Apply, Counted, Fused, HeadPlan, StagePlan
+from gkd_dsl.runtime.errors import CANNOT_RUN, RunError
 from gkd_dsl.runtime.models.tapper import readable
 from gkd_dsl.runtime.ops.common import mask_for
 from gkd_dsl.runtime.ops.divergences import check_labels
@@ -49,6 +51,21 @@ class FusedLosses:
         """Whether the head is a plain linear map in memory: no adapter, no quantised weight, no hook of others."""
         module = self._heads(head.model, head.module)
         return type(module) is nn.Linear and not module._forward_hooks and not module._forward_pre_hooks
+
+    def plan(self, plan: StagePlan) -> StagePlan:
+        """The plan as it is run: with what can be fused.
+
+        Raises RunError where `fuse_logits = on` and a head is not at hand.
+        """
+        if plan.fuse_logits == "on":
+            found = {group.student.logits: group for group in fusions(plan, self.there)}
+            for group in fusions(plan):
+                heads = (group.student, *group.teachers)
+                if found.get(group.student.logits) != group:
+                    missing = next((head.model for head in heads if not self.there(head)), group.student.model)
+                    message = f"`fuse_logits = on`, and the head of `{missing}` is no plain linear map in memory"
+                    raise RunError(CANNOT_RUN, message, "write `fuse_logits = auto`")
+        return fuse(plan, self.there)
 
     def run(self, step: Fused, env: Env, clock: Clock, part: FusedPart) -> None:
         """One pass over the positions that count in any of the losses."""

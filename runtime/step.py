@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 
 from gkd_dsl import schedules
 from gkd_dsl.graph.nodes import ProjectNode, ReplaceBlock, TrainTarget
-from gkd_dsl.graph.passes.fuse import fuse
 from gkd_dsl.graph.plan import Apply, Counted, ForwardPlan, Fused, LossPlan, StagePlan
 from gkd_dsl.models.resolve import part_modules
 from gkd_dsl.runtime import rows
@@ -124,7 +123,7 @@ class StepModule(nn.Module):
         self._program = Program(plan.program, by_key, plan.forwards, special)
         self._counted = {counted.key: counted for counted in plan.counted}
         self._fused = FusedLosses(self._head, self._counted)
-        fused_plan = fuse(plan, self._fused.there)
+        fused_plan = self._fused.plan(plan)
         self._fused_forwards = {forward.key: forward for forward in fused_plan.forwards}
         self._fused_program = self._program
         if fused_plan is not plan:

@@ -41,7 +41,7 @@ def explain(
     from gkd_dsl.graph.explain import explain as explain_graph
     from gkd_dsl.graph.explain import render
 
-    explanation = explain_graph(result.graph, total_steps=steps, batch=batch, length=length)
+    explanation = explain_graph(result.graph, total_steps=steps, batch=batch, length=length, runtime=result.runtime)
     if json:
         import json as json_
 

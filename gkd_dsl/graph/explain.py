@@ -25,7 +25,7 @@ from gkd_dsl.graph.explain_words import (
 from gkd_dsl.graph.families import indices
 from gkd_dsl.graph.nodes import BatchNode, LossNode, ModelNode, OpNode, ProjectNode, StageNode, TapNode
 from gkd_dsl.graph.passes import compile_plan, liveness, run_passes
-from gkd_dsl.graph.passes.fuse import logit_groups
+from gkd_dsl.graph.passes.fuse import fuse, fusions, logit_groups
 from gkd_dsl.graph.passes.share import share
 from gkd_dsl.graph.plan import Counted, ForwardPlan, StagePlan
 from gkd_dsl.models import resolve
@@ -129,6 +129,14 @@ class CounterRow:
 
 
 @dataclass(frozen=True)
+class FusedRow:
+    """Losses that are run with the heads of these models, whose logits are never whole."""
+
+    losses: tuple[str, ...]
+    models: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class StageExplanation:
     """One stage. `live_bytes` is the most that taps and results of operators hold at once, in fp32."""
 
@@ -152,6 +160,7 @@ class StageExplanation:
     accumulate: int
     length: int
     live_bytes: int
+    fused: tuple[FusedRow, ...] = ()
     policies: tuple[PolicyRow, ...] = ()
     counters: tuple[CounterRow, ...] = ()
 
@@ -181,15 +190,20 @@ class Explanation:
 
 
 def explain(
-    graph: nx.MultiDiGraph, *, total_steps: int = 1000, batch: int | None = None, length: int = 128
+    graph: nx.MultiDiGraph,
+    *,
+    total_steps: int = 1000,
+    batch: int | None = None,
+    length: int = 128,
+    runtime: tuple = (),
 ) -> Explanation:
-    """What the graph of a checked spec does.
+    """What the graph of a checked spec does. `runtime` are its settings.
 
     `total_steps` is the length of a stage whose duration is not in steps. Memory is for `batch` texts (the
     stage's batch size where it is None) of `length` tokens, or of the stage's own `max_length` if that is less.
     Raises GraphError for a graph that breaks its rules.
     """
-    plan = compile_plan(graph)
+    plan = compile_plan(graph, runtime=runtime)
     optimised = run_passes(graph)
     merged = _merged(graph)
     stages = tuple(
@@ -225,6 +239,7 @@ def _stage(
     assert isinstance(original, StageNode)
     points = tuple(sorted({0, min(1, steps - 1), *(min(steps - 1, round(steps * p)) for p in _POINTS)}))
     losses = tuple(_losses(graph, original, plan, optimised))
+    run = fuse(plan)
     clocks = tuple(_clock(stage, step, steps, texts * tokens * stage.accumulate) for step in points)
     return StageExplanation(
         name=stage.name,
@@ -249,7 +264,14 @@ def _stage(
         batch=texts,
         accumulate=stage.accumulate,
         length=tokens,
-        live_bytes=liveness.estimate(plan.program, plan.forwards, texts, tokens),
+        live_bytes=liveness.estimate(run.program, run.forwards, texts, tokens),
+        fused=tuple(
+            FusedRow(
+                tuple(dict.fromkeys(name for term in group.terms for name in _losses_of(plan, term.key))),
+                tuple(dict.fromkeys(head.model for head in (group.student, *group.teachers))),
+            )
+            for group in fusions(plan)
+        ),
         policies=tuple(_policies(graph, plan)),
         counters=tuple(CounterRow(c.name, c.start, c.stop, condition_words(c.when), c.losses) for c in plan.counters),
     )

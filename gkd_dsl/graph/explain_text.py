@@ -53,6 +53,10 @@ def _stage(stage: StageExplanation, console: Console) -> None:
             _lines(console, [f"{name}: {model}", *(f"  {change}" for change in changes)])
     shared = list(stage.shared)
     shared += [f"{', '.join(group)} read the same logits" for group in stage.same_logits if len(group) > 1]
+    shared += [
+        f"{', '.join(row.losses)}: run with the head of {' and '.join(row.models)}, logits are never whole"
+        for row in stage.fused
+    ]
     if shared:
         _heading(console, "shared")
         _lines(console, shared)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import networkx as nx
 
@@ -46,8 +47,9 @@ def compile_plan(graph: nx.MultiDiGraph, *, optimise: bool = True, runtime: tupl
         verify(graph)
     stages = sorted(nodes(graph, StageNode), key=lambda stage: stage.order)
     settings = dict(runtime)
+    fuse_logits = settings.get("fuse_logits", "auto")
     return SpecPlan(
-        tuple(emit(graph, stage, optimise=optimise) for stage in stages),
+        tuple(replace(emit(graph, stage, optimise=optimise), fuse_logits=fuse_logits) for stage in stages),
         settings.get("backend", "local"),
         tuple(runtime),
     )
