@@ -13,6 +13,7 @@ COMMANDS = {
     "explain": ("gkd_dsl.cli.explain", "explain"),
     "graph": ("gkd_dsl.cli.graph", "graph"),
     "taps": ("gkd_dsl.cli.taps", "taps"),
+    "plan": ("gkd_dsl.cli.plan", "plan"),
     "run": ("gkd_dsl.cli.run", "run"),
     "cache": ("gkd_dsl.cli.cache", "cache"),
     "eval": ("gkd_dsl.cli.run", "evaluate"),

@@ -79,6 +79,7 @@ class StageEstimate:
             "flops": dict(self.work.flops),
             "link_bytes": dict(self.work.link),
             "between_bytes": dict(self.work.between),
+            "disk_bytes": dict(self.work.disk),
             "compute_seconds": self.work.compute_seconds(machine),
             "link_seconds": self.work.link_seconds(machine),
             "seconds": self.work.seconds(machine),
@@ -103,10 +104,9 @@ def estimate_stage(
         machine.kind == "cpu",
     )
     models = {node.name: _model(stage, node, setup, machine) for node in stage.models}
-    stage = _fused(stage, models, setup)
     beside = {node.name: parameters.projection(node) for node in stage.projections}
     beside |= {item.node.name: parameters.policy(item.node) for item in stage.policies}
-    ledger = _device(stage, models, beside, setup, machine, shape)
+    ledger = _device(_fused(stage, models, setup), models, beside, setup, machine, shape)
     return StageEstimate(
         stage.name,
         tuple(model.placed for model in models.values()),

@@ -16,7 +16,8 @@ PROCESSES = ("ddp", "gemini")
 
 @dataclass(frozen=True)
 class Setup:
-    """How a spec is run. `split` divides each micro-batch further; the fractions are Gemini's.
+    """How a spec is run. `split` divides each micro-batch further, `merge` takes several as one; the fractions
+    are Gemini's.
 
     `placement` holds the models that are placed otherwise than the backend has it by itself.
     """
@@ -30,6 +31,7 @@ class Setup:
     offload_optim_frac: float = 0.0
     offload_param_frac: float = 0.0
     split: int = 1
+    merge: int = 1
 
     @classmethod
     def of(cls, plan: SpecPlan) -> Setup:
@@ -65,11 +67,11 @@ class Setup:
 
     def rows(self, stage: StageNode, machine: Machine) -> int:
         """Texts of a micro-batch on one device."""
-        return max(1, -(-stage.batch_size // (self.ranks(machine) * self.split)))
+        return max(1, -(-stage.batch_size * self.merge // (self.ranks(machine) * self.split)))
 
     def micro(self, stage: StageNode) -> int:
         """Micro-batches in a step."""
-        return stage.accumulate * min(self.split, stage.batch_size)
+        return max(1, stage.accumulate * min(self.split, stage.batch_size) // self.merge)
 
 
 @dataclass(frozen=True)

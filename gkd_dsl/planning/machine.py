@@ -14,6 +14,9 @@ from gkd_dsl.planning.units import in_bytes
 LINK = 25e9
 """Bytes a second between host and device where nothing is said: a PCIe 4 slot of 16 lanes, as it is reached."""
 
+DISK = 5e9
+"""Bytes a second from a disk where nothing is said."""
+
 COMPUTE = {"cuda": 300e12, "cpu": 0.1e12}
 """Operations a second of a device where nothing is said."""
 
@@ -27,6 +30,8 @@ class Machine:
     host_memory    bytes of the host; on a machine without a GPU both are the same memory
     link           bytes a second between the host and each device
     compute        operations a second of each device
+    between        bytes a second from a device to the others
+    disk           bytes a second from the disk, for all devices together
     kind           `cuda`, or `cpu`
     """
 
@@ -36,6 +41,8 @@ class Machine:
     link: float = LINK
     compute: float = COMPUTE["cuda"]
     kind: Literal["cuda", "cpu"] = "cuda"
+    between: float = LINK
+    disk: float = DISK
 
     def __str__(self) -> str:
         if self.kind == "cpu":

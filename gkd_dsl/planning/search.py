@@ -59,7 +59,7 @@ def changes(before: Setup, after: Setup) -> int:
     """How many settings differ."""
     one = [
         before.backend != after.backend, before.half != after.half, before.checkpoint != after.checkpoint,
-        before.fuse != after.fuse, before.split != after.split,
+        before.fuse != after.fuse, (before.split, before.merge) != (after.split, after.merge),
         before.shard_param_frac != after.shard_param_frac, before.offload_optim_frac != after.offload_optim_frac,
         before.offload_param_frac != after.offload_param_frac,
     ]  # fmt: skip
@@ -93,10 +93,12 @@ def _smaller(plan: SpecPlan, machine: Machine, setup: Setup) -> Iterator[Setup]:
     """Less memory for activations and logits, wherever the weights are."""
     halves = (True,) if setup.half else (False, True)
     checkpoints = (True,) if setup.checkpoint else (False, True)
-    for half, checkpoint, split in product(halves, checkpoints, _splits(plan, machine, setup)):
-        yield replace(setup, half=half, checkpoint=checkpoint, split=split)
+    sizes = [*((split, 1) for split in _splits(plan, machine, setup)), *((1, merge) for merge in _merges(plan))]
+    for half, checkpoint, (split, merge) in product(halves, checkpoints, sizes):
+        found = replace(setup, half=half, checkpoint=checkpoint, split=split, merge=merge)
+        yield found
         if not setup.fuse:
-            yield replace(setup, half=half, checkpoint=checkpoint, split=split, fuse=True)
+            yield replace(found, fuse=True)
 
 
 def _splits(plan: SpecPlan, machine: Machine, setup: Setup) -> Sequence[int]:
@@ -106,6 +108,14 @@ def _splits(plan: SpecPlan, machine: Machine, setup: Setup) -> Sequence[int]:
     found = [1]
     while all(size % (2 * found[-1]) == 0 and size // (2 * found[-1]) >= ranks for size in sizes):
         found.append(2 * found[-1])
+    return found
+
+
+def _merges(plan: SpecPlan) -> Sequence[int]:
+    """The powers of two by which every stage can have fewer and larger micro-batches: what is streamed, less often."""
+    found = []
+    while all(stage.stage.accumulate % (2 ** (len(found) + 1)) == 0 for stage in plan.stages):
+        found.append(2 ** (len(found) + 1))
     return found
 
 

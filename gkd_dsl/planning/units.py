@@ -54,12 +54,22 @@ def in_bytes(count: float) -> str:
     return "0" if count < 0.5 else f"{count:.0f} B"
 
 
+def in_rate(count: float, unit: str) -> str:
+    """`300 TFLOP/s`, `25 GB/s`."""
+    for size, prefix in ((10**15, "P"), (10**12, "T"), (10**9, "G"), (10**6, "M")):
+        if count >= size:
+            return f"{count / size:.4g} {prefix}{unit}"
+    return f"{count:.4g} {unit}"
+
+
 def in_seconds(seconds: float) -> str:
     """`2.8 s`, `35 ms`, `4.1 min`."""
     if seconds >= 120:
         return f"{seconds / 60:.1f} min"
     if seconds >= 1:
         return f"{seconds:.1f} s"
+    if seconds == 0:
+        return "0 s"
     return f"{seconds * 1e3:.1f} ms" if seconds >= 1e-4 else f"{seconds * 1e6:.1f} us"
 
 

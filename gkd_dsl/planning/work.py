@@ -12,6 +12,9 @@ from gkd_dsl.planning.layout import Setup
 from gkd_dsl.planning.machine import Machine
 from gkd_dsl.planning.simulate import Model, depth
 
+_CACHED = 0.8
+"""The share of the host's memory that its system can use to keep files."""
+
 
 @dataclass(frozen=True)
 class Work:
@@ -20,11 +23,13 @@ class Work:
     flops    operations of matrix products, by model
     link     bytes between host and device, by what they are
     between  bytes between devices, by what they are
+    disk     bytes from the disk for all devices, by what they are
     """
 
     flops: tuple[tuple[str, float], ...]
     link: tuple[tuple[str, float], ...]
     between: tuple[tuple[str, float], ...]
+    disk: tuple[tuple[str, float], ...] = ()
 
     def compute_seconds(self, machine: Machine) -> float:
         """The least time of the arithmetic."""
@@ -34,9 +39,22 @@ class Work:
         """The least time of the traffic between host and device."""
         return sum(count for _, count in self.link) / machine.link
 
+    def between_seconds(self, machine: Machine) -> float:
+        """The least time of the traffic between devices."""
+        return sum(count for _, count in self.between) / machine.between
+
+    def disk_seconds(self, machine: Machine) -> float:
+        """The least time of reading from the disk."""
+        return sum(count for _, count in self.disk) / machine.disk
+
     def seconds(self, machine: Machine) -> float:
         """The least time of a step, arithmetic and traffic all at once."""
-        return max(self.compute_seconds(machine), self.link_seconds(machine))
+        return max(
+            self.compute_seconds(machine),
+            self.link_seconds(machine),
+            self.between_seconds(machine),
+            self.disk_seconds(machine),
+        )
 
 
 def work(stage: StagePlan, models: Mapping[str, Model], setup: Setup, shape: Shape, machine: Machine) -> Work:
@@ -45,6 +63,7 @@ def work(stage: StagePlan, models: Mapping[str, Model], setup: Setup, shape: Sha
     flops: dict[str, float] = {}
     link: dict[str, float] = {}
     between: dict[str, float] = {}
+    disk: dict[str, float] = {}
     for forward in stage.forwards:
         model = models[forward.model]
         if model.placed.where == "cached":
@@ -54,9 +73,12 @@ def work(stage: StagePlan, models: Mapping[str, Model], setup: Setup, shape: Sha
             times = micro * (2 if forward.grad else 1)
             _add(link, f"{forward.model} weights", model.placed.moved * times)
             _add(between, f"{forward.model} weights", model.placed.gathered * times)
+            # What the host has room for stays in its memory once it is read; else one reading serves all devices.
+            if model.placed.where == "disk" and model.placed.moved > _CACHED * machine.host_memory:
+                _add(disk, f"{forward.model} weights", model.placed.moved * times)
     for name, model in models.items():
         _trained(name, model, setup, ranks, micro, link, between)
-    return Work(tuple(flops.items()), tuple(link.items()), tuple(between.items()))
+    return Work(tuple(flops.items()), tuple(link.items()), tuple(between.items()), tuple(disk.items()))
 
 
 def _trained(

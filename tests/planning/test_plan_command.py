@@ -1,0 +1,312 @@
+import json
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from gkd_dsl.cli.main import application
+from gkd_dsl.graph.passes import compile_plan
+from gkd_dsl.meaning.check import check_path
+from gkd_dsl.planning import units
+from gkd_dsl.planning.estimate import estimate
+from gkd_dsl.planning.layout import Setup
+from gkd_dsl.planning.machine import Machine, this_machine
+from gkd_dsl.planning.report import block, report
+from gkd_dsl.planning.search import changes, cheapest
+
+ROOT = Path(__file__).resolve().parents[2]
+SPEC = ROOT / "examples" / "large" / "distil.gkd"
+GIB = 2**30
+EIGHT = Machine(8, 40 * GIB, 512 * GIB, between=200e9)
+ONE = Machine(1, 80 * GIB, 512 * GIB)
+SIZES = {"10b": 9_775_157_248, "70b": 70_553_706_496, "110b": 110_819_024_896, "405b": 405_853_388_800}
+
+
+def plan_of(teacher="70b", path=SPEC):
+    checked = check_path(path, params={"teacher": teacher} if path == SPEC else {})
+    assert checked.ok
+    return compile_plan(checked.graph, runtime=checked.runtime)
+
+
+def run(*words):
+    return CliRunner().invoke(application("plan"), ["plan", *words])
+
+
+@pytest.mark.parametrize("teacher", SIZES)
+@pytest.mark.parametrize("machine", [EIGHT, ONE])
+def test_large_teachers_do_not_fit_as_they_are_and_fit_with_the_change(teacher, machine):
+    plan = plan_of(teacher)
+    found = report("distil.gkd", plan, machine)
+    models = {model.name: model for model in found.stages[0].models}
+    assert models["t"].count == SIZES[teacher]
+    assert models["t"].trains == 0
+    assert models["s"].trains == models["s"].count == 1_235_814_400
+    assert not found.fits
+    assert found.proposal is not None
+    for stage in found.proposal.stages:
+        assert stage.fits(machine)
+        assert stage.device_bytes <= 0.95 * machine.device_memory
+        assert stage.host_bytes <= 0.95 * machine.host_memory
+    assert found.proposal.setup != found.setup
+
+
+def test_a_teacher_larger_than_the_host_is_read_from_disk_and_says_what_bounds_a_step():
+    found = report("distil.gkd", plan_of("405b"), ONE)
+    assert found.proposal is not None
+    assert dict(found.proposal.setup.placement) == {"t": "disk"}
+    work = found.proposal.stages[0].work
+    assert dict(work.disk)["t weights"] >= 2 * SIZES["405b"]
+    assert work.seconds(ONE) == max(work.compute_seconds(ONE), work.link_seconds(ONE), work.disk_seconds(ONE))
+
+
+def test_a_machine_that_is_large_enough_needs_no_change():
+    found = report("distil.gkd", plan_of("10b"), replace(ONE, device_memory=141 * GIB))
+    assert found.fits
+    assert found.proposal is None
+    assert found.text().endswith("It fits.")
+
+
+def test_nothing_fits_a_tiny_machine():
+    found = report("distil.gkd", plan_of("70b"), Machine(1, GIB, GIB))
+    assert not found.fits
+    assert found.proposal is None
+    assert "No change of the runtime block that was tried makes it fit." in found.text()
+
+
+def test_the_block_is_what_the_proposal_says(tmp_path):
+    small = write(tmp_path, "")
+    plan = plan_of(path=small)
+    need = estimate(plan, Machine(1, 2**50, 2**50))[0].device_bytes
+    machine = Machine(1, round(0.9 * need), 2**40)
+    proposal = cheapest(plan, machine, Setup.of(plan))
+    assert proposal is not None
+    text = block(plan, Setup.of(plan), proposal.setup)
+    head, _, runtime = text.rpartition("runtime {")
+    stage = (
+        dict(pair.strip().split(" = ") for pair in head.partition(": ")[2].partition(" (")[0].split(","))
+        if head
+        else {}
+    )
+    again = plan_of(path=write(tmp_path, f"runtime {{{runtime}", **stage))
+    found = Setup.of(again)
+    assert replace(proposal.setup, split=1, merge=1) == found
+    assert [s.device_bytes for s in estimate(again, machine)] == [s.device_bytes for s in proposal.stages]
+    assert all(s.fits(machine) for s in estimate(again, machine))
+
+
+def write(folder, runtime, batch_size="16", accumulate="2"):
+    config = {
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 500, "hidden_size": 64,
+        "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 128,
+    }  # fmt: skip
+    for name, layers in (("t", 8), ("s", 2)):
+        (folder / name).mkdir(exist_ok=True)
+        (folder / name / "config.json").write_text(json.dumps({**config, "num_hidden_layers": layers}))
+    path = folder / "spec.gkd"
+    path.write_text(f"""gkd 1
+teacher t = hf("./t")
+student s = hf("./s")
+param rows: text "rows"
+data d = text(rows)
+loss soft = kl(s.logits <- t.logits)
+stage main for 10 steps {{
+  minimize soft
+  batch_size = {batch_size}
+  accumulate = {accumulate}
+}}
+{runtime}
+""")
+    return path
+
+
+def test_options_are_tried_in_the_order_of_the_steps_time():
+    plan = plan_of("70b")
+    current = Setup.of(plan)
+    found = cheapest(plan, ONE, current)
+    assert found is not None
+    # Checkpointing and smaller micro-batches with a resident teacher fit nowhere: its weights alone are too many.
+    assert found.setup.placed("t") == "offload"
+    slower = replace(found.setup, checkpoint=True)
+    assert estimate(plan, ONE, slower)[0].work.seconds(ONE) > found.seconds
+    assert changes(current, found.setup) < changes(current, slower)
+
+
+def test_a_smaller_part_of_a_teacher_costs_less(tmp_path):
+    path = write(tmp_path, "")
+    whole = estimate(plan_of(path=path), ONE)[0]
+    text = path.read_text().replace("kl(s.logits <- t.logits)", "mse(s.hidden[1] <- t.hidden[2])")
+    path.write_text(text)
+    part = estimate(plan_of(path=path), ONE)[0]
+    layer = 2 * (4 * 64 * 64 + 3 * 64 * 128 + 2 * 64) + 4 * 128 * 64
+    assert dict(part.work.flops)["t"] == pytest.approx(16 * 128 * 2 * 2 * layer)
+    assert dict(part.work.flops)["t"] < dict(whole.work.flops)["t"] / 3
+
+
+def test_arithmetic_of_a_step_is_two_operations_a_weight_and_token(tmp_path):
+    found = estimate(plan_of(path=write(tmp_path, "")), ONE)[0]
+    tokens = 16 * 128 * 2
+    weights = 8 * (4 * 64 * 64 + 3 * 64 * 128 + 2 * 64)
+    attention = 8 * 4 * 128 * 64
+    head = 2 * 500 * 64
+    assert dict(found.work.flops)["t"] == tokens * (2 * weights + attention + head)
+
+
+def test_processes_share_the_rows_and_exchange_gradients(tmp_path):
+    alone = estimate(plan_of(path=write(tmp_path, "")), EIGHT)[0]
+    shared = estimate(plan_of(path=write(tmp_path, "runtime { backend = ddp }")), EIGHT)[0]
+    assert (alone.rows, shared.rows) == (16, 2)
+    count = next(model.trains for model in shared.models if model.trains)
+    assert dict(shared.work.between)["s gradients"] == 2 * 4 * count * 7 / 8
+    assert shared.device_bytes < alone.device_bytes
+
+
+def test_offloaded_weights_cross_the_link_once_a_micro_batch(tmp_path):
+    setup = replace(Setup(), placement=(("t", "offload"),))
+    found = estimate(plan_of(path=write(tmp_path, "")), ONE, setup)[0]
+    teacher = next(model for model in found.models if model.name == "t")
+    assert teacher.host == 4 * teacher.count
+    assert teacher.device == 0
+    assert dict(found.work.link) == {"t weights": 2 * 4 * teacher.count}
+
+
+def test_a_cached_teacher_is_nowhere(tmp_path):
+    found = estimate(plan_of(path=write(tmp_path, "")), ONE, Setup(placement=(("t", "cached"),)))[0]
+    teacher = next(model for model in found.models if model.name == "t")
+    assert (teacher.device, teacher.host) == (0, 0)
+    assert "t" not in dict(found.work.flops)
+
+
+def test_gemini_by_the_table_of_bytes(tmp_path):
+    setup = Setup("gemini", half=True, placement=(("t", "gemini"),), offload_optim_frac=0.5, offload_param_frac=0.25)
+    found = estimate(plan_of(path=write(tmp_path, "")), EIGHT, setup)[0]
+    models = {model.name: model for model in found.models}
+    assert models["t"].device == pytest.approx(2 * models["t"].count / 8 * 0.75, abs=1)
+    assert models["t"].host == pytest.approx(2 * models["t"].count * 0.25, abs=1)
+    assert dict(found.host)["optimizer"] == 12 * models["s"].count / 2
+    assert dict(found.device)["optimizer"] == pytest.approx(12 * models["s"].count / 8 / 2, abs=1)
+
+
+def test_more_rows_need_more_and_checkpointing_less(tmp_path):
+    small, large = (estimate(plan_of(path=write(tmp_path, "", batch_size=n)), ONE)[0] for n in ("4", "64"))
+    assert small.device_bytes < large.device_bytes
+    kept = estimate(plan_of(path=write(tmp_path, "runtime { checkpoint = true }", batch_size="64")), ONE)[0]
+    assert kept.device_bytes < large.device_bytes
+    assert kept.work.seconds(ONE) > large.work.seconds(ONE)
+
+
+def test_the_command_prints_a_plan_and_a_block():
+    done = run(
+        str(SPEC), "--set", "teacher=110b", "--devices", "8", "--device-memory", "40GiB", "--host-memory", "512GiB"
+    )
+    assert done.exit_code == 0
+    for words in ("110.8B", "It does not fit: stage main needs", "The cheapest change that fits:", "backend = gemini"):
+        assert words in done.output
+
+
+def test_json(tmp_path):
+    done = run(
+        str(write(tmp_path, "")), "--json", "--device-memory", "1GiB", "--host-memory", "1GiB", "--compute", "1TFLOP/s"
+    )
+    found = json.loads(done.output)
+    assert found["machine"]["flops_a_second"] == 1e12
+    stage = found["stages"][0]
+    assert stage["device_bytes"] == sum(stage["device"].values())
+    assert found["fits"] is stage["fits"] is True
+    assert found["change"] is None
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--host-memory", "40"], "--host-memory: '40' has no unit; write for example 40GiB"),
+        (["--device-memory", "40GB/s"], "--device-memory: 'GB/s' in '40GB/s' is not the unit of an amount of memory"),
+        (["--link", "fast"], "--link: 'fast' is not a rate of transfer; write for example 50GB/s"),
+        (["--devices", "0"], "0 is not in the range x>=1"),
+    ],
+)
+def test_bad_options(words, said):
+    done = run(str(SPEC), *words)
+    assert done.exit_code == 2
+    assert said in done.output
+
+
+@pytest.fixture
+def gpus(tmp_path, monkeypatch):
+    """A machine whose nvidia-smi prints these lines; it fails where there are none."""
+
+    def install(*lines):
+        program = tmp_path / "nvidia-smi"
+        printed = "".join(f"echo {line}\n" for line in lines) or "exit 9\n"
+        program.write_text(f"#!/bin/sh\n{printed}")
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path))
+
+    return install
+
+
+def test_the_gpus_of_this_machine_are_those_that_nvidia_smi_lists(gpus):
+    gpus("81559", "81559")
+    found = this_machine()
+    assert (found.kind, found.devices, found.device_memory) == ("cuda", 2, 81559 * 2**20)
+    assert "2 devices of 79.6 GiB" in run(str(SPEC)).output
+
+
+def test_devices_without_their_size_where_there_are_none(gpus):
+    gpus()
+    assert this_machine().kind == "cpu"
+    done = run(str(SPEC), "--devices", "8")
+    assert done.exit_code == 2
+    assert "add --device-memory 40GiB" in done.output
+
+
+def test_a_file_of_methods_has_no_plan():
+    done = run(str(ROOT / "stdlib_methods" / "kd.gkd"))
+    assert done.exit_code == 1
+    assert "holds methods only" in done.output
+
+
+def test_this_machine_is_described():
+    found = this_machine()
+    assert found.host_memory > GIB // 4
+    assert units.in_bytes(found.host_memory) in str(found)
+
+
+CODE = """
+import sys
+from gkd_dsl.cli.main import main
+try:
+    main(sys.argv[1:])
+except SystemExit as end:
+    assert not end.code, end.code
+heavy = sorted(set(sys.modules) & {"torch", "transformers", "numpy", "datasets"})
+print(heavy, file=sys.stderr)
+"""
+
+
+def test_a_plan_of_405_billion_parameters_loads_no_torch_and_takes_no_two_seconds():
+    words = [
+        "plan",
+        str(SPEC),
+        "--set",
+        "teacher=405b",
+        "--devices",
+        "8",
+        "--device-memory",
+        "40GiB",
+        "--host-memory",
+        "1TiB",
+    ]
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-c", CODE, *words], capture_output=True, text=True, check=True, timeout=60
+        )
+        times.append(time.perf_counter() - start)
+        assert done.stderr.strip() == "[]"
+        assert "405.9B" in done.stdout
+    assert min(times) < 2
