@@ -10,7 +10,7 @@ import networkx as nx
 
 from gkd_dsl.diagnostics import Diagnostics
 from gkd_dsl.graph.nodes import AttrValue, StageNode
-from gkd_dsl.meaning import fusing, imports, parameters, placements, settings, specimens, stages, unused
+from gkd_dsl.meaning import fusing, gemini, imports, parameters, placements, settings, specimens, stages, unused
 from gkd_dsl.meaning.context import Context, ResolvedParam
 from gkd_dsl.meaning.declare import value_of
 from gkd_dsl.meaning.evaluate import evaluate
@@ -140,6 +140,7 @@ def _elaborate(ctx: Context, scope: Scope, file: ast.File) -> tuple[tuple[str, A
             if steps:
                 placements.check(ctx, scope, block)
                 fusing.check(ctx, scope, block)
+                gemini.check(ctx, scope, block)
     if steps and ctx.diagnostics.ok:
         unused.warn(ctx, scope)
     return runtime

@@ -39,12 +39,28 @@ STAGE: Mapping[str, SettingRule] = {
 }
 
 RUNTIME: Mapping[str, SettingRule] = {
-    "backend": SettingRule("word", "where it runs", ("local", "ddp", "gemini"), later=("gemini",)),
+    "backend": SettingRule("word", "where it runs", ("local", "ddp", "gemini")),
     "precision": SettingRule("word", "precision of the forwards", ("fp32", "bf16")),
     "device": SettingRule("word", "the device", ("auto", "cpu", "cuda")),
     "checkpoint": SettingRule("bool", "gradient checkpointing: recompute activations in the backward"),
     "fuse_logits": SettingRule("word", "losses over a language model's logits run with its head", ("auto", "on", "off")),
 }
+
+GEMINI: Mapping[str, SettingRule] = {
+    "placement_policy": SettingRule("word", "who decides where chunks live", ("static", "auto")),
+    "shard_param_frac": SettingRule("float", "share of the parameters that are sharded over ranks", low=0, high=1),
+    "offload_optim_frac": SettingRule("float", "share of the optimiser state in host memory", low=0, high=1),
+    "offload_param_frac": SettingRule("float", "share of the parameters in host memory", low=0, high=1),
+    "warmup_non_model_data_ratio": SettingRule("float", "share of memory kept for activations at first", low=0, high=1),
+    "steady_cuda_cap_ratio": SettingRule("float", "share of memory that chunks may fill", low=0, high=1),
+    "gpu_margin_mem_ratio": SettingRule("float", "share of what is left for optimiser state", low=0, high=1),
+    "search_range_m": SettingRule("int", "range of the chunk size search, in 2^20 elements", low=1, high=65536),
+    "min_chunk_size_m": SettingRule("float", "least chunk size, in 2^20 elements", low=0.001, high=65536),
+    "hidden_dim": SettingRule("int", "step of the chunk size search", low=1, high=10_000_000),
+    "max_prefetch": SettingRule("int", "chunks fetched ahead", low=0, high=1024),
+    "pin_memory": SettingRule("bool", "page-locked host memory for chunks"),
+}
+"""Settings of the gemini backend, under Gemini's own names."""
 
 PLACEMENT: Mapping[str, SettingRule] = {
     "placement": SettingRule(
@@ -58,8 +74,8 @@ PLACEMENT: Mapping[str, SettingRule] = {
     "tail": SettingRule("word", "the mass of the logits that are not stored", ("bucket", "renormalise")),
 }
 
-LATER_RUNTIME = ("shard_param_frac", "offload_optim_frac", "offload_param_frac", "placement_policy", "tensor_parallel")
-"""Settings of the gemini backend, which comes in a later version."""
+LATER_RUNTIME = ("tensor_parallel",)
+"""Settings of the gemini backend that come in a later version."""
 
 _WANTS = {
     "int": "a whole number",
@@ -81,7 +97,7 @@ def read(
         name = setting.name.text
         rule = rules.get(name)
         if rule is None:
-            if name in LATER_RUNTIME and rules is RUNTIME:
+            if name in LATER_RUNTIME and "backend" in rules:
                 ctx.evaluate(scope, setting.value)
                 ctx.not_yet(scope, f"`{name}` of the gemini backend", setting.span)
                 continue
@@ -158,7 +174,7 @@ def _word(ctx: Context, scope: Scope, rule: SettingRule, name: str, expr: ast.Ex
 def runtime(ctx: Context, scope: Scope, decl: ast.Runtime) -> tuple[tuple[str, AttrValue], ...]:
     """The runtime block: how, never what. The settings of a model's placement are named `t.placement`, `t.cache`."""
     plain_settings = [stmt for stmt in decl.body if isinstance(stmt, ast.Setting)]
-    found = read(ctx, scope, RUNTIME, plain_settings, "`runtime`")
+    found = read(ctx, scope, {**RUNTIME, **GEMINI}, plain_settings, "`runtime`")
     for stmt in decl.body:
         if isinstance(stmt, ast.Placement):
             _placed(ctx, scope, stmt)
