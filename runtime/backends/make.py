@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from gkd_dsl.graph.plan import SpecPlan
 from gkd_dsl.runtime.backends.base import Backend, Settings
-from gkd_dsl.runtime.errors import CANNOT_RUN, RunError
 from gkd_dsl.runtime.processes import Processes
 
 
@@ -22,6 +21,6 @@ def make_backend(plan: SpecPlan) -> Backend:
         from gkd_dsl.runtime.backends.ddp import DdpBackend
 
         return DdpBackend(settings, processes)
-    raise RunError(
-        CANNOT_RUN, f"the backend `{plan.backend}` is not in this version", "write `backend = local` or `backend = ddp`"
-    )
+    from gkd_dsl.runtime.backends.gemini import GeminiBackend, plugin_arguments
+
+    return GeminiBackend(settings, processes, plugin_arguments(plan.runtime))

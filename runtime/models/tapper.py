@@ -20,6 +20,7 @@ from gkd_dsl.models.resolve import Hook, canonical, hook, unavailable
 from gkd_dsl.models.taps import TapPath
 from gkd_dsl.runtime.models.attention import Recorder, recomputing, tapped
 from gkd_dsl.runtime.models.interventions import Edits, applied
+from gkd_dsl.runtime.ops.common import end_token
 
 _Placed = tuple[list[tuple[nn.Module, str, int, list[TapPath]]], dict[nn.Module, dict[str, list[TapPath]]]]
 
@@ -229,6 +230,11 @@ class Tapper:
         for name in ("input_ids", "attention_mask", "position_ids", "inputs_embeds"):
             if inputs.get(name) is not None and name in accepted:
                 arguments[name] = inputs[name]
+        mask = inputs.get("attention_mask")
+        if self.info.family == "gpt2" and mask is not None and "position_ids" not in arguments:
+            # Its positions are learned and counted from the first column, where a text padded on the left has none.
+            places = torch.arange(mask.shape[1], device=mask.device)
+            arguments["position_ids"] = (places - mask.int().argmax(1, keepdim=True)).clamp_min(0)
         # RoBERTa has one token type and GPT-2 none: what another model's tokenizer says means nothing to them
         types = getattr(self.model.config, "type_vocab_size", 0) or 0
         if types > 1 and inputs.get("token_type_ids") is not None and "token_type_ids" in accepted:
@@ -238,7 +244,7 @@ class Tapper:
         return arguments | {"return_dict": True}
 
     def _finished(self, path: TapPath, values: Mapping[TapPath, Tensor], mask: Tensor | None) -> Tensor:
-        """A tap from what its hook recorded: heads split, the first real token picked."""
+        """A tap from what its hook recorded: heads split, the token that stands for a text picked."""
         if path.kind == "weight":
             return self._weight(path)
         source = canonical(self.info, _FINAL if path.kind == "cls" else path)
@@ -246,7 +252,7 @@ class Tapper:
             raise TapError(f"the forward of {type(self.model).__name__} ends before `{path}`, or does not reach it")
         value = values[source]
         if path.kind == "cls":
-            return _first_token(value, mask)
+            return end_token(value, mask, self.info.left_to_right)
         if path.kind == "logits":
             return value
         _, spec = self.place(source)
@@ -312,7 +318,7 @@ class Tapper:
 
 
 def plain(value: Tensor) -> Tensor:
-    """A tensor of a class that a backend gives parameters, and what comes of them, as a plain one; with its gradient."""
+    """A tensor of a class that a backend gives parameters, as a plain one, with its gradient."""
     if type(value) in (Tensor, nn.Parameter):
         return value
     with torch._C.DisableTorchFunctionSubclass():
@@ -401,14 +407,6 @@ def _refuse_reentrant(function: Any) -> None:
             kind="unavailable",
             hint='enable it with gradient_checkpointing_kwargs={"use_reentrant": False}',
         )
-
-
-def _first_token(hidden: Tensor, mask: Tensor | None) -> Tensor:
-    """`[B, L, H]` -> `[B, H]`: the first position of each row that is not padding."""
-    if mask is None:
-        return hidden[:, 0]
-    first = mask.to(torch.int).argmax(dim=1)
-    return hidden[torch.arange(hidden.shape[0], device=hidden.device), first]
 
 
 def _transformed(value: Tensor, spec: Hook) -> Tensor:

@@ -1,0 +1,66 @@
+"""The settings of the gemini backend, and what it cannot do."""
+
+from __future__ import annotations
+
+from gkd_dsl.graph.access import nodes
+from gkd_dsl.graph.nodes import OpNode, StageNode
+from gkd_dsl.meaning.context import Context, replace
+from gkd_dsl.meaning.scope import Scope
+from gkd_dsl.meaning.settings import GEMINI
+from gkd_dsl.syntax import ast
+
+_CODE = "E0421"
+# Of the two placements, each reads settings of its own.
+_STATIC = ("shard_param_frac", "offload_optim_frac", "offload_param_frac")
+_AUTO = ("warmup_non_model_data_ratio", "steady_cuda_cap_ratio", "gpu_margin_mem_ratio")
+
+
+def check(ctx: Context, scope: Scope, block: ast.Runtime) -> None:
+    """Report settings of Gemini without it, and with it what it cannot run."""
+    written = {stmt.name.text: stmt for stmt in block.body if isinstance(stmt, ast.Setting)}
+    words = {name: _word(stmt.value) for name, stmt in written.items()}
+    backend = written.get("backend")
+    if backend is None or words["backend"] != "gemini":
+        for name, stmt in written.items():
+            if name in GEMINI:
+                ctx.error(
+                    scope, _CODE, f"`{name}` is a setting of the gemini backend", stmt.span,
+                    "nothing reads it", fix=replace(backend.value.span, "gemini") if backend is not None else None,
+                )  # fmt: skip
+        return
+    policy = words.get("placement_policy", "static")
+    for name in _AUTO if policy == "static" else _STATIC:
+        if name in written:
+            other = "auto" if policy == "static" else "static"
+            ctx.error(
+                scope, _CODE, f"`{name}` is read with `placement_policy = {other}` alone", written[name].span,
+                f"this is {policy}",
+            )  # fmt: skip
+    if words.get("precision") == "fp32":
+        stmt = written["precision"]
+        ctx.error(
+            scope, _CODE, "Gemini holds parameters in bf16, with masters in fp32", stmt.span,
+            "it has no fp32", fix=replace(stmt.value.span, "bf16"),
+        )  # fmt: skip
+    if words.get("device") == "cpu":
+        stmt = written["device"]
+        ctx.error(
+            scope, _CODE, "Gemini needs a GPU", stmt.span, "the host is where it offloads to",
+            fix=replace(stmt.value.span, "auto"),
+        )  # fmt: skip
+    for stage in nodes(ctx.builder.graph, StageNode):
+        if stage.optim.name != "adamw":
+            ctx.error(
+                scope, _CODE, f"Gemini has AdamW alone, and stage `{stage.name}` has {stage.optim.name}", backend.span,
+                notes=["write `optim = adamw(lr = ...)` in the stage"],
+            )  # fmt: skip
+    if any(node.op == "gradient" for node in nodes(ctx.builder.graph, OpNode)):
+        ctx.error(
+            scope, _CODE, "Gemini cannot take `gradient(...)` inside a step", backend.span,
+            "a parameter is there once for the forward and once for the backward",
+            notes=["the ddp backend can"], fix=replace(backend.value.span, "ddp"),
+        )  # fmt: skip
+
+
+def _word(value: ast.Expr) -> str:
+    return value.id if isinstance(value, ast.Name) else value.value if isinstance(value, ast.String) else ""
