@@ -10,7 +10,7 @@ from gkd_dsl.graph.passes.fuse import fuse
 from gkd_dsl.graph.plan import HeadPlan, SpecPlan, StagePlan
 from gkd_dsl.planning import parameters
 from gkd_dsl.planning.blocks import Shape
-from gkd_dsl.planning.layout import Placed, Setup, Trained, frozen, trained
+from gkd_dsl.planning.layout import STREAMED, Placed, Setup, Trained, frozen, trained
 from gkd_dsl.planning.ledger import Ledger
 from gkd_dsl.planning.machine import Machine
 from gkd_dsl.planning.simulate import Micro, Model, depth
@@ -163,7 +163,7 @@ def _fused(stage: StagePlan, models: Mapping[str, Model], setup: Setup) -> Stage
 
     def there(head: HeadPlan) -> bool:
         model = models[head.model]
-        return bool(model.trained.count) or model.placed.where == "resident"
+        return bool(model.trained.count) or model.placed.where in ("resident", *STREAMED)
 
     return fuse(replace(stage, fuse_logits="auto"), there)
 

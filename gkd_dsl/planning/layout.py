@@ -12,6 +12,10 @@ from gkd_dsl.planning import parameters
 from gkd_dsl.planning.machine import Machine
 
 PROCESSES = ("ddp", "gemini")
+STREAMED = ("offload", "disk")
+
+FULL = 4
+"""Bytes of a weight in memory: models are loaded in fp32, whatever the precision of the forwards."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +118,7 @@ class Placed:
     """The bytes of one model: `device` on each device all the time, `host` in all, `moved` over each link a forward.
 
     `work` is what a forward needs on the device for weights that pass through; `gathered` is what the devices send
-    each other in a forward, for each of them.
+    each other in a forward, for each of them; `read` comes from the disk in a forward.
     """
 
     name: str
@@ -126,6 +130,7 @@ class Placed:
     work: int = 0
     moved: int = 0
     gathered: int = 0
+    read: int = 0
     exact: bool = True
     notes: tuple[str, ...] = field(default=(), compare=False)
 
@@ -135,17 +140,13 @@ def frozen(node: ModelNode, setup: Setup, machine: Machine, share: float = 1.0) 
     found = parameters.parameters(node.info)
     count, where = found.count, setup.placed(node.name)
     ranks = setup.ranks(machine)
-    wide = 2 if setup.half else 4
-    block = parameters.part(node.info, "layer.0").count if found.exact and node.info.size("N") else count
+    layers = node.info.size("N") or 0
+    block = parameters.part(node.info, "layer.0").count if found.exact and layers else count
     embeddings = parameters.part(node.info, "embed").count if found.exact else 0
     if where == "cached":
         return Placed(node.name, where, count, exact=found.exact)
-    if where in ("offload", "disk"):
-        work = wide * max(2 * block, embeddings, found.largest)
-        # From disk the pages that are read are the system's to keep or drop; what is read ahead is ours.
-        host = wide * count * ranks if where == "offload" else 2 * work
-        moved = round(wide * count * share)
-        return Placed(node.name, where, count, host=host, work=work, moved=moved, exact=found.exact)
+    if where in STREAMED:
+        return _streamed(node, where, ranks, block * layers if found.exact else count, block, share)
     if where == "gemini":
         own = count / ranks if setup.shard_param_frac > 0 else count
         offloaded = setup.offload_param_frac
@@ -155,9 +156,25 @@ def frozen(node: ModelNode, setup: Setup, machine: Machine, share: float = 1.0) 
             work=2 * max(2 * block, embeddings, found.largest), moved=round(2 * own * offloaded * share),
             gathered=gathered, exact=found.exact,
         )  # fmt: skip
-    return Placed(node.name, where, count, device=resident_width(setup) * count, exact=found.exact)
+    return Placed(node.name, where, count, device=FULL * count, exact=found.exact)
 
 
-def resident_width(setup: Setup) -> int:
-    """Bytes of a weight of a frozen model in device memory: fp32, unless the backend works in bf16 throughout."""
-    return 2 if setup.backend == "gemini" else 4
+def _streamed(node: ModelNode, where: str, ranks: int, inside: int, block: int, share: float) -> Placed:
+    """A model whose blocks pass through the device, two at a time; what is in no block stays there.
+
+    From disk the pages that are read are the system's to keep or drop.
+    """
+    found = parameters.parameters(node.info)
+    outside = found.count - inside
+    ran = max(0, round(found.count * share) - outside)
+    host = FULL * inside * ranks if where == "offload" else 2 * FULL * block * ranks
+    return Placed(
+        node.name, where, found.count, device=FULL * outside, host=host, work=2 * FULL * block, moved=FULL * ran,
+        read=saved_width(node) * ran if where == "disk" else 0, exact=found.exact,
+    )  # fmt: skip
+
+
+def saved_width(node: ModelNode) -> int:
+    """Bytes of a weight in the files of a model, as its config says."""
+    said = node.info.config.get("dtype") or node.info.config.get("torch_dtype")
+    return 2 if said in ("bfloat16", "float16") else FULL

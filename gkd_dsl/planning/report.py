@@ -89,13 +89,13 @@ class Report:
         also = f", the host {in_bytes(host)}" if host and self.machine.kind != "cpu" else ""
         yield ""
         yield "The cheapest change that fits:"
-        if found.cached:
-            yield "The teacher's outputs are stored once before the run, where it can be run: `gkd cache SPEC`."
         yield ""
         yield from (f"  {line}" for line in block(self.plan, self.setup, found.setup).splitlines())
         yield ""
         time = f"a step takes at least {in_seconds(seconds)}, {_bound(found, self.machine)}"
         yield f"{what} {in_bytes(need)}{also}; {time}."
+        if found.cached:
+            yield "The teacher's outputs are stored before the run, on a machine where it runs: `gkd cache SPEC`."
 
 
 def _bound(found: Proposal, machine: Machine) -> str:

@@ -105,7 +105,7 @@ class Micro:
         self.ledger.mark(f"the logits of {forward.model}")
 
     def _casts(self, model: Model) -> bool:
-        return self.setup.half and self.setup.backend != "gemini" and model.placed.where == "resident"
+        return self.setup.half and self.setup.backend != "gemini" and model.placed.where not in ("gemini", "cached")
 
     def _take(self, tap: TapPlan) -> None:
         logits = tap.path.kind == "logits"

@@ -74,8 +74,8 @@ def work(stage: StagePlan, models: Mapping[str, Model], setup: Setup, shape: Sha
             _add(link, f"{forward.model} weights", model.placed.moved * times)
             _add(between, f"{forward.model} weights", model.placed.gathered * times)
             # What the host has room for stays in its memory once it is read; else one reading serves all devices.
-            if model.placed.where == "disk" and model.placed.moved > _CACHED * machine.host_memory:
-                _add(disk, f"{forward.model} weights", model.placed.moved * times)
+            if model.placed.read > _CACHED * machine.host_memory:
+                _add(disk, f"{forward.model} weights", model.placed.read * times)
     for name, model in models.items():
         _trained(name, model, setup, ranks, micro, link, between)
     return Work(tuple(flops.items()), tuple(link.items()), tuple(between.items()), tuple(disk.items()))

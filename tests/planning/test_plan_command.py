@@ -3,6 +3,8 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from itertools import pairwise
+from math import log2
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ from gkd_dsl.planning.estimate import estimate
 from gkd_dsl.planning.layout import Setup
 from gkd_dsl.planning.machine import Machine, this_machine
 from gkd_dsl.planning.report import block, report
-from gkd_dsl.planning.search import changes, cheapest
+from gkd_dsl.planning.search import _options, _ordered, changes, cheapest
 
 ROOT = Path(__file__).resolve().parents[2]
 SPEC = ROOT / "examples" / "large" / "distil.gkd"
@@ -59,7 +61,8 @@ def test_a_teacher_larger_than_the_host_is_read_from_disk_and_says_what_bounds_a
     assert found.proposal is not None
     assert dict(found.proposal.setup.placement) == {"t": "disk"}
     work = found.proposal.stages[0].work
-    assert dict(work.disk)["t weights"] >= 2 * SIZES["405b"]
+    inside = SIZES["405b"] - 2 * 128256 * 16384 - 16384
+    assert dict(work.disk)["t weights"] == pytest.approx(2 * inside * found.proposal.stages[0].micro, rel=1e-6)
     assert work.seconds(ONE) == max(work.compute_seconds(ONE), work.link_seconds(ONE), work.disk_seconds(ONE))
 
 
@@ -128,11 +131,23 @@ def test_options_are_tried_in_the_order_of_the_steps_time():
     current = Setup.of(plan)
     found = cheapest(plan, ONE, current)
     assert found is not None
-    # Checkpointing and smaller micro-batches with a resident teacher fit nowhere: its weights alone are too many.
-    assert found.setup.placed("t") == "offload"
+    tried = _ordered(plan, ONE, current, _options(plan, ONE, current))
+    place = [setup for _, setup in tried].index(found.setup)
+    assert 0 < place < len(tried) - 1
+    for _, setup in tried[:place]:
+        assert not all(stage.fits(ONE) for stage in estimate(plan, ONE, setup))
+    times = [seconds * (1 + 0.02 * log2(setup.split)) for seconds, setup in tried]
+    assert all(later >= 0.99 * earlier for earlier, later in pairwise(times))
     slower = replace(found.setup, checkpoint=True)
-    assert estimate(plan, ONE, slower)[0].work.seconds(ONE) > found.seconds
+    assert estimate(plan, ONE, slower)[0].work.seconds(ONE) >= found.seconds
     assert changes(current, found.setup) < changes(current, slower)
+
+
+def test_a_teacher_that_fits_nowhere_is_cached():
+    found = report("distil.gkd", plan_of("405b"), EIGHT)
+    assert found.proposal is not None
+    assert found.proposal.cached
+    assert "`gkd cache SPEC`" in found.text()
 
 
 def test_a_smaller_part_of_a_teacher_costs_less(tmp_path):
@@ -168,9 +183,10 @@ def test_offloaded_weights_cross_the_link_once_a_micro_batch(tmp_path):
     setup = replace(Setup(), placement=(("t", "offload"),))
     found = estimate(plan_of(path=write(tmp_path, "")), ONE, setup)[0]
     teacher = next(model for model in found.models if model.name == "t")
-    assert teacher.host == 4 * teacher.count
-    assert teacher.device == 0
-    assert dict(found.work.link) == {"t weights": 2 * 4 * teacher.count}
+    inside = 8 * (4 * 64 * 64 + 3 * 64 * 128 + 2 * 64)
+    assert teacher.host == 4 * inside
+    assert teacher.device == 4 * (teacher.count - inside)
+    assert dict(found.work.link) == {"t weights": 2 * 4 * inside}
 
 
 def test_a_cached_teacher_is_nowhere(tmp_path):
