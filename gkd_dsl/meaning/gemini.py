@@ -20,6 +20,8 @@ def check(ctx: Context, scope: Scope, block: ast.Runtime) -> None:
     written = {stmt.name.text: stmt for stmt in block.body if isinstance(stmt, ast.Setting)}
     words = {name: _word(stmt.value) for name, stmt in written.items()}
     backend = written.get("backend")
+    if backend is not None and words["backend"] not in ("local", "ddp", "gemini"):
+        return
     if backend is None or words["backend"] != "gemini":
         for name, stmt in written.items():
             if name in GEMINI:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -25,6 +27,14 @@ T = TypeVar("T")
 # With a limit that is never reached Gemini still computes the norm.
 _NO_CLIP = 1e30
 _OURS = ("backend", "precision", "device", "checkpoint", "fuse_logits")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what ColossalAI warns of when it is imported: kernels and libraries that Gemini does not use."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def plugin_arguments(runtime: Sequence[tuple[str, AttrValue]]) -> dict[str, Any]:
@@ -58,7 +68,8 @@ class GeminiBackend(DdpBackend):
     ) -> None:
         """Meet the other processes. Raises RunError where ColossalAI or a GPU is missing."""
         try:
-            from colossalai.accelerator import get_accelerator
+            with _quiet():
+                from colossalai.accelerator import get_accelerator
         except ImportError as error:
             hint = "`gkd doctor` says how to install it"
             raise RunError(CANNOT_RUN, f"`backend = gemini` needs ColossalAI: {error}", hint) from error
@@ -82,10 +93,11 @@ class GeminiBackend(DdpBackend):
 
     def begin(self, step: StepModule, optim: OptimSpec) -> None:
         """Take a stage's step: what it trains goes into chunks."""
-        from colossalai.booster import Booster
-        from colossalai.booster.plugin import GeminiPlugin
+        with _quiet():
+            from colossalai.booster import Booster
+            from colossalai.booster.plugin import GeminiPlugin
 
-        from gkd_dsl.runtime.backends.gemini_adam import make_adam
+            from gkd_dsl.runtime.backends.gemini_adam import make_adam
 
         if optim.name != "adamw":
             raise RunError(CANNOT_RUN, f"`backend = gemini` has no `{optim.name}`", "write `optim = adamw(...)`")

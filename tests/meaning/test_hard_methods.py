@@ -19,8 +19,7 @@ LATER = {
     "rail_kd": set(),
     "rl_kd": set(),
     "rollouts": {
-        "a cached teacher", "the source `rollout`", "`backend = gemini`", "`placement = offload`",
-        "`shard_param_frac` of the gemini backend",
+        "a cached teacher", "the source `rollout`",
     },
     "sid": set(),
     "takd": set(),
