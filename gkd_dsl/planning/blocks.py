@@ -8,6 +8,7 @@ autocast to bf16 each matrix product saves a half-precision copy of its input; n
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from gkd_dsl.models.info import ModelInfo
 from gkd_dsl.planning.parameters import config_value
@@ -56,13 +57,14 @@ class Sizes:
     parts: int
     V: int
 
-    @classmethod
-    def of(cls, info: ModelInfo) -> Sizes:
+    @staticmethod
+    @lru_cache(maxsize=64)
+    def of(info: ModelInfo) -> Sizes:
         """The sizes of a model; those that it does not say are those of the usual transformer."""
         H = info.size("H") or 1
         A, D = info.size("A") or 1, info.size("D") or H // (info.size("A") or 1)
         parts = int(config_value(info, "num_feedforward_networks") or 1) if info.family == "mobilebert" else 1
-        return cls(
+        return Sizes(
             H, A * D, (info.size("KV") or A) * D, info.size("F") or 4 * H, A, info.size("N") or 0,
             info.size("I") or H, parts, info.size("V") or 0,
         )  # fmt: skip

@@ -219,6 +219,9 @@ def _device(
     ledger.add("weights", (2 if gemini else 4) * extra)
     optimised = sum(model.trained.count for model in models.values()) + extra
     ledger.add("optimizer", _state(stage, setup, machine, optimised))
+    if gemini and setup.micro(stage.stage) > 1:
+        # Over several micro-batches gradients have chunks of their own; over one they take the parameters' places.
+        ledger.add("gradients", 2 * optimised / setup.ranks(machine))
     columns = 8 * len(stage.columns) * shape.tokens * setup.micro(stage.stage)
     ledger.add("activations", columns)
     micro = setup.micro(stage.stage)

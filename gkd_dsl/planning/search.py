@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from gkd_dsl.graph.plan import SpecPlan
+from gkd_dsl.meaning.settings import PLACEMENT
 from gkd_dsl.planning.estimate import StageEstimate, estimate, least_bytes, seconds_of
 from gkd_dsl.planning.layout import Setup
 from gkd_dsl.planning.machine import Machine
@@ -35,6 +36,7 @@ def cheapest(plan: SpecPlan, machine: Machine, current: Setup) -> Proposal | Non
     """The first setup that fits, by the least time of a step over all stages, then by the fewest changes.
 
     A cached teacher costs a pass before the run, and is proposed where nothing else fits. None where nothing does.
+    What this version does not run is not proposed.
     """
     for options in (_options(plan, machine, current), _with_cache(plan, machine, current)):
         for seconds, setup in _ordered(plan, machine, current, options):
@@ -84,7 +86,7 @@ def _with_cache(plan: SpecPlan, machine: Machine, current: Setup) -> Iterator[Se
     if any(forward.changes for stage in plan.stages for forward in stage.forwards):
         return
     names = frozen_models(plan)
-    for setup in _backends(machine, current):
+    for setup in _backends(plan, machine, current):
         for count in range(1, len(names) + 1):
             yield from _smaller(plan, machine, setup.placing(names[:count], "cached"))
 
@@ -119,25 +121,33 @@ def _merges(plan: SpecPlan) -> Sequence[int]:
     return found
 
 
+def _gemini(plan: SpecPlan, current: Setup) -> bool:
+    """Whether Gemini can run the spec: it has AdamW alone."""
+    return current.backend == "gemini" or all(stage.stage.optim.name == "adamw" for stage in plan.stages)
+
+
 def _places(plan: SpecPlan, machine: Machine, current: Setup) -> Iterator[Setup]:
     names = frozen_models(plan)
-    for setup in _backends(machine, current):
+    for setup in _backends(plan, machine, current):
         yield setup
         if machine.kind == "cpu":
             places: tuple[str, ...] = ("disk",)
         else:
             places = ("offload", "disk", "gemini") if setup.backend == "gemini" else ("offload", "disk")
+        places = tuple(place for place in places if place not in PLACEMENT["placement"].later)
         for place, count in product(places, range(1, len(names) + 1)):
             yield setup.placing(names[:count], place)
 
 
-def _backends(machine: Machine, current: Setup) -> Iterator[Setup]:
+def _backends(plan: SpecPlan, machine: Machine, current: Setup) -> Iterator[Setup]:
     """The backend as it is, several processes where there are several devices, and Gemini with its fractions."""
     yield current
     if machine.kind == "cpu":
         return
     if machine.devices > 1 and current.backend == "local":
         yield replace(current, backend="ddp")
+    if not _gemini(plan, current):
+        return
     for optim, parameter in product(_FRACTIONS, (0.0, 0.5, 1.0)):
         yield replace(
             current, backend="gemini", half=True, shard_param_frac=1.0, offload_optim_frac=optim,

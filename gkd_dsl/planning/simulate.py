@@ -131,7 +131,10 @@ class Micro:
         if self.setup.checkpoint and model.trained.count:
             stream = (info.size("H") or 1) * shape.tokens * FULL
             return total + len(layers) * stream + sum(blocks.scores_bytes(info, shape) for i in layers if i in scored)
-        return total + sum(blocks.kept(info, shape, scores=i in scored) for i in layers)
+        tapped = sum(i in scored for i in layers)
+        plain = len(layers) - tapped
+        total += plain * blocks.kept(info, shape) if plain else 0
+        return total + (tapped * blocks.kept(info, shape, scores=True) if tapped else 0)
 
     def _apply(self, step: Apply) -> None:
         self._sizes[step.key] = size(step.type, self.shape.rows, self.shape.length)
@@ -212,9 +215,10 @@ class Micro:
         self.ledger.add("losses", -logits)
         held -= logits
         used = 0
+        owned = {tapped: blocks.kept(info, shape, scores=tapped) for tapped in {bool(scored), False}}
+        needed = {tapped: blocks.backward(info, shape, scores=tapped) for tapped in {bool(scored), False}}
         for index in range(ran - 1, first - 1, -1):
-            own = blocks.kept(info, shape, scores=index in scored)
-            extra = blocks.backward(info, shape, scores=index in scored)
+            own, extra = owned[index in scored], needed[index in scored]
             if self.setup.checkpoint and model.trained.count:
                 extra += own
                 own = stream + (blocks.scores_bytes(info, shape) if index in scored else 0)
