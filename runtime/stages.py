@@ -32,6 +32,7 @@ from gkd_dsl.runtime.records import EvaluateRecord, Listener, StageRecord, StepR
 from gkd_dsl.runtime.run_folder import RunFolder
 from gkd_dsl.runtime.step import StepModule, make_projections
 from gkd_dsl.runtime.teachers.make import Made, Place, Placement, make_teachers, placements
+from gkd_dsl.runtime.teachers.streamed import StreamedTeachers
 
 _PLAN = "plan.json"
 Loaders = Callable[[StagePlan], Loader]
@@ -79,6 +80,7 @@ class Run:
         self._given, self._listeners = loaders, tuple(listeners)
         self._infos, self._seeds = _models(plan)
         self._placements = placements(plan.runtime)
+        self._streamed: dict[str, StreamedTeachers] = {}
         self._fingerprint = fingerprint(plan)
         self._changed: set[str] = set()
         self._best: dict[str, dict[str, Tensor]] = {}
@@ -164,11 +166,12 @@ class Run:
             self.root,
             self.folder.path if self.folder is not None else None,
             alone=self.processes.count == 1,
+            streamed=self._streamed,
         )
         made = make_teachers(plan, self._placements, self.loader(plan), at)
         for name, placement in self._placements.items():
             # A student that starts from its weights has them by now.
-            if placement.place == "cached":
+            if placement.place in ("cached", "disk"):
                 self.models.pop(name, None)
                 self._changed.discard(name)
         return made
@@ -246,6 +249,7 @@ class Run:
         kept |= {base for name in kept if (base := self._infos[name].build.base) and name not in self.models}
         for name in self.models.keys() - kept:
             del self.models[name]
+            self._streamed.pop(name, None)
 
     def make_projections(self, plan: StagePlan) -> None:
         """Make the projections of a stage that no earlier one made."""

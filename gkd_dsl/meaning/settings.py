@@ -67,7 +67,7 @@ PLACEMENT: Mapping[str, SettingRule] = {
         "word",
         "where the weights live",
         ("resident", "offload", "disk", "gemini", "cached"),
-        later=("offload", "disk", "gemini"),
+        later=("gemini",),
     ),
     "cache": SettingRule("folder", "`auto`, `off` or a folder with its stored outputs", ("off", "auto")),
     "top_k": SettingRule("int", "how many logits of a row are stored (0: all)", low=0, high=10_000_000),

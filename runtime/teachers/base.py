@@ -42,11 +42,15 @@ def run_taps(
     `env` holds the tensors that the forward takes in place of columns of the batch.
     """
     if forward.shift:
-        # All that the model may read of a text: its token types and positions too.
-        inputs = {column: rows.own(rows.whole(value).roll(-forward.shift, 0)) for column, value in inputs.items()}
+        inputs = shifted(inputs, forward.shift)
     inputs = {**inputs, **{column: env[key] for column, key in forward.inputs}}
     context: AbstractContextManager[None] = nullcontext() if forward.grad else torch.no_grad()
     with context:
         paths = tuple(dict.fromkeys(tap.path for tap in forward.taps))
         values = tapper.run(inputs, paths, forward.stop_after, changes)
     return {tap.key: values[tap.path] for tap in forward.taps}
+
+
+def shifted(inputs: Mapping[str, Tensor], shift: int) -> dict[str, Tensor]:
+    """All that a model may read of a text, its token types and positions too, of the sample `shift` rows on."""
+    return {column: rows.own(rows.whole(value).roll(-shift, 0)) for column, value in inputs.items()}

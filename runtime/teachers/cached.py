@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-import torch
 from torch import Tensor, nn
 
 from gkd_dsl.graph.plan import ForwardPlan, TapPlan
 from gkd_dsl.models.resolve import last_needed
 from gkd_dsl.runtime.errors import CACHE, CANNOT_RUN, RunError
 from gkd_dsl.runtime.models.interventions import Edits
-from gkd_dsl.runtime.teachers.base import TeacherSource
+from gkd_dsl.runtime.teachers.base import TeacherSource, shifted
 from gkd_dsl.runtime.teachers.parts import Layout, own_tokens, spans
 from gkd_dsl.runtime.teachers.store import Store
 
@@ -46,7 +45,7 @@ class CachedTeachers:
         """
         refuse_changes(forward)
         if forward.shift:
-            inputs = {column: torch.roll(value, -forward.shift, 0) for column, value in inputs.items()}
+            inputs = shifted(inputs, forward.shift)
         return read_taps(self.store, self.layout, forward, inputs)
 
     def blocks(self, model: str, layers: Sequence[int]) -> Sequence[nn.Module]:
@@ -73,7 +72,7 @@ class FillingTeachers:
         """The taps of one forward, by their keys; rows that are not stored yet are run and stored."""
         refuse_changes(forward)
         if forward.shift:
-            inputs = {column: torch.roll(value, -forward.shift, 0) for column, value in inputs.items()}
+            inputs = shifted(inputs, forward.shift)
         self.fill(forward, inputs)
         return read_taps(self.store, self.layout, forward, inputs)
 

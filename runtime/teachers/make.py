@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from gkd_dsl.graph.nodes import AttrValue, ModelNode
@@ -18,11 +19,13 @@ from gkd_dsl.graph.stored import kept, refusals, sparse_keys, student_task, taps
 from gkd_dsl.runtime.errors import CACHE, CANNOT_RUN, RunError
 from gkd_dsl.runtime.teachers.base import TeacherSource
 from gkd_dsl.runtime.teachers.cached import CachedTeachers, FillingTeachers
+from gkd_dsl.runtime.teachers.disk import on_disk
 from gkd_dsl.runtime.teachers.identity import identity, missing, runs, stored_identity
 from gkd_dsl.runtime.teachers.live import LiveTeachers
 from gkd_dsl.runtime.teachers.parts import Layout
 from gkd_dsl.runtime.teachers.placed import PlacedTeachers
 from gkd_dsl.runtime.teachers.store import Store
+from gkd_dsl.runtime.teachers.streamed import StreamedTeachers, in_host_memory
 
 log = logging.getLogger("gkd_dsl")
 _NOT_STORED = ("off", "auto")
@@ -56,6 +59,7 @@ class Place:
     reader  the model whose tokenizer reads the stage's source
     folder  the run folder, if any
     alone   whether one process makes the run
+    streamed  the models of earlier stages that are streamed, by name; added to
     """
 
     model: Callable[[str], PreTrainedModel]
@@ -65,6 +69,7 @@ class Place:
     root: Path
     folder: Path | None = None
     alone: bool = True
+    streamed: dict[str, StreamedTeachers] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -114,7 +119,9 @@ def make_teachers(plan: StagePlan, placed: Mapping[str, Placement], loader: Any,
             keys |= dict.fromkeys(sparse_keys(plan, name, layout.top_k.count), layout.top_k)
     if layouts:
         loader = replace(loader, numbered=True)
-    elsewhere = {name: source for name, source in sources.items() if name in layouts or name not in models}
+    elsewhere = {
+        name: source for name, source in sources.items() if name in layouts or not isinstance(source, LiveTeachers)
+    }
     return Made(sparse(plan, keys), loader, models, PlacedTeachers(sources), elsewhere)
 
 
@@ -190,7 +197,23 @@ def _filling(
 
 
 def _in_memory(node: ModelNode, how: Placement, at: Place, models: dict[str, PreTrainedModel]) -> TeacherSource:
+    if how.place in ("offload", "disk"):
+        if node.name not in at.streamed:
+            at.streamed[node.name] = _streamed(node, how, at)
+        models[node.name] = at.streamed[node.name].model
+        return at.streamed[node.name]
     if how.place != "resident":
         raise RunError(CANNOT_RUN, f"`placement = {how.place}` is not in this version")
     models[node.name] = at.model(node.name)
     return LiveTeachers([node], models)
+
+
+def _streamed(node: ModelNode, how: Placement, at: Place) -> StreamedTeachers:
+    if how.place == "offload":
+        return StreamedTeachers(node, at.model(node.name), at.device, in_host_memory)
+    model, saved, files = on_disk(node.info, node.name)
+
+    def find(name: str, parameter: Tensor) -> Tensor:
+        return files.tensor(saved[name], parameter.dtype)
+
+    return StreamedTeachers(node, model, at.device, find)
