@@ -6,7 +6,7 @@ the hidden states of both models to the gradients of the student's hidden states
   naive        whole logits, torch.nn.functional
   checkpoint   chunks of 128 tokens under torch.utils.checkpoint
   trl          trl.kernels.chunked_divergence (what its trainer calls), where it can be imported
-  liger        liger_kernel's LigerFusedLinearJSDLoss, not compiled on the CPU, with its own chunk size; liger.128: with 128
+  liger        liger_kernel's LigerFusedLinearJSDLoss with its own chunk size, compiled on a GPU; liger.128: with 128
   ours         gkd_dsl.runtime.ops.fused_head
 
 In the same table: the floor. No way does less than four matrix products (the logits of both, the gradients of hidden
@@ -28,6 +28,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -176,18 +177,19 @@ def _resident(field: str) -> int:
     raise SystemExit("this measures by /proc/self/status, which this system lacks")
 
 
-def timed(run: Callable[[], object], device: str) -> float:
-    """Seconds of one run, everything done."""
+def timed(run: Callable[[], object], device: str, clock: str) -> float:
+    """Seconds of one run, everything done: of the wall clock, or of the processor (right for one thread)."""
+    now = time.perf_counter if clock == "wall" else time.process_time
     if device == "cuda":
         torch.cuda.synchronize()
-    start = time.perf_counter()
+    start = now()
     run()
     if device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return now() - start
 
 
-def measure(name: str, loss: str, made: World, device: str, rounds: int) -> dict[str, object]:
+def measure(name: str, loss: str, made: World, device: str, rounds: int, clock: str) -> dict[str, object]:
     """Peak of the first run, then seconds of runs, each beside the bare products."""
 
     def run() -> None:
@@ -205,8 +207,8 @@ def measure(name: str, loss: str, made: World, device: str, rounds: int) -> dict
     times, bare = [], []
     products(made)
     for _ in range(rounds):
-        bare.append(timed(lambda: products(made), device))
-        times.append(timed(run, device))
+        bare.append(timed(lambda: products(made), device, clock))
+        times.append(timed(run, device, clock))
     return {"peak": peak, "times": times, "products": bare, "load": os.getloadavg()[0]}
 
 
@@ -214,12 +216,11 @@ def agree(device: str, seed: int) -> dict[str, float]:
     """The largest relative gap of each contestant to the naive form. Raises SystemExit over 1e-4."""
     gaps: dict[str, float] = {}
     for loss in LOSSES:
-        found = {}
+        found: dict[str, tuple[Tensor, ...]] = {}
         for name in ("naive", *present()):
             made = world((300, 2003, 48), device, torch.float32, seed)
             value = WAYS[name](made, loss)
-            value.backward()
-            found[name] = (value.detach().reshape(1), made.x.grad, made.w.grad)
+            found[name] = (value.detach().reshape(1), *torch.autograd.grad(value, [made.x, made.w]))
         for name, tensors in found.items():
             pairs = zip(tensors, found["naive"], strict=True)
             gap = max(float((one - other).norm() / other.norm()) for one, other in pairs)
@@ -230,7 +231,12 @@ def agree(device: str, seed: int) -> dict[str, float]:
     return gaps
 
 
-def in_process(*words: str) -> dict[str, object] | None:
+def _shape(text: str) -> tuple[int, int, int]:
+    tokens, vocabulary, width = map(int, text.split(","))
+    return tokens, vocabulary, width
+
+
+def in_process(*words: str) -> dict[str, Any] | None:
     """What this script prints when it is started for one measurement; None where memory runs out."""
     done = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True)
     if done.returncode:
@@ -246,6 +252,9 @@ def main() -> None:
     options_.add_argument("--threads", type=int, default=2)
     options_.add_argument("--seed", type=int, default=0)
     options_.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    options_.add_argument(
+        "--clock", choices=("wall", "cpu"), default="wall", help="cpu: for one thread on a busy machine"
+    )
     options_.add_argument("--dtype", choices=("float32", "bfloat16"), help="float32 on the CPU, bfloat16 on a GPU")
     options_.add_argument("--shape", action="append", help="tokens,vocabulary,width; may be given several times")
     options_.add_argument("--only", help="contestants, with commas")
@@ -254,22 +263,23 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     dtype = options.dtype or ("bfloat16" if options.device == "cuda" else "float32")
     usual = ((256, 4096, 64),) if options.quick else GPU_SHAPES if options.device == "cuda" else SHAPES
-    shapes = [tuple(map(int, text.split(","))) for text in options.shape] if options.shape else list(usual)
+    shapes = [_shape(text) for text in options.shape] if options.shape else list(usual)
     if options.one:
         name, loss = options.one
         if name == "agree":
             print(json.dumps(agree(options.device, options.seed)))
             return
-        made = world(shapes[0], options.device, getattr(torch, dtype), options.seed)
-        print(json.dumps(measure(name, loss, made, options.device, options.rounds)))
+        drawn = world(shapes[0], options.device, getattr(torch, dtype), options.seed)
+        print(json.dumps(measure(name, loss, drawn, options.device, options.rounds, options.clock)))
         return
     shared = ["--threads", str(options.threads), "--seed", str(options.seed), "--device", options.device]
-    shared += ["--dtype", dtype, "--rounds", str(1 if options.quick else options.rounds)]
+    shared += ["--clock", options.clock, "--dtype", dtype, "--rounds", str(1 if options.quick else options.rounds)]
     gaps = in_process("--one", "agree", "kl", *shared)
     if gaps is None:
         raise SystemExit("the contestants were not compared")
     names = [name for name in present() if not options.only or name in options.only.split(",")]
-    sections, data = [], {"agreement": gaps, "shapes": []}
+    sections: list[str] = []
+    entries: list[dict[str, Any]] = []
     for shape in shapes:
         found: dict[tuple[str, str], list[dict]] = {}
         for turn in range(1 if options.quick else options.turns):
@@ -281,12 +291,13 @@ def main() -> None:
                 found.setdefault((name, loss), []).extend([made] if made is not None else [])
                 print(f"{shape} {name} {loss} turn {turn} done", flush=True)
         sections.append(section(shape, names, found, getattr(torch, dtype).itemsize))
-        data["shapes"].append({"shape": shape, "runs": {"/".join(key): runs for key, runs in found.items()}})
-    loads = [run["load"] for entry in data["shapes"] for runs in entry["runs"].values() for run in runs]
+        entries.append({"shape": shape, "runs": {"/".join(key): runs for key, runs in found.items()}})
+    loads = [run["load"] for entry in entries for runs in entry["runs"].values() for run in runs]
     settings = {
         "setting": f"{dtype} on the {options.device}; each run in a process of its own, contestants in turn"
         + (" (miniature sizes: a smoke run, not a measurement)" if options.quick else ""),
         "threads": options.threads,
+        "seconds": "of the wall clock" if options.clock == "wall" else "of the processor",
         "seed": options.seed,
         "repeats": f"{1 if options.quick else options.turns} processes of each, "
         f"{1 if options.quick else options.rounds} timed runs in each, every one beside the bare products",
@@ -298,6 +309,7 @@ def main() -> None:
     stem = "fused_logits" if options.device == "cpu" else "fused_logits_gpu"
     body = "\n\n".join(sections)
     title = "Losses over a head whose logits are never whole"
+    data = {"agreement": gaps, "shapes": entries}
     report(stem, options.out, title, settings, body, data, quick=options.quick)
 
 

@@ -99,7 +99,7 @@ class FusedLosses:
                     {name: plain(value, clock) for name, value in term.attrs if name not in ("dims", "causal")},
                     _picked(env[slots["labels"]], rows) if term.op == "cross_entropy" else None,
                     # What an operator has made of logits may exclude classes.
-                    exact=teacher is None or teacher in by_logits,
+                    exact=teacher is None or not teacher.startswith("op/"),
                 )
             )
         total, sums = fused_losses(_picked(hidden, rows), head, teachers, losses)

@@ -76,11 +76,11 @@ def fused_losses(
 
     `hidden` [n, H] is what the head is given, in rows that count. The sum of loss k is sum_i weight_ki value_ki, the
     total sum_k scale_k sum_k. The softmax is taken in fp32 (fp64 stays), products in the autocast dtype where autocast
-    is on, else in the weight's. The gradient goes to `hidden`, the weight and the bias of `head`, and to nothing else;
-    it can be taken once.
+    is on, else in the dtype of each weight. The gradient goes to `hidden`, the weight and the bias of `head`, and to
+    nothing else; it can be taken once.
     """
     device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.weight.dtype
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     with torch.autocast(device, enabled=False):
         return _Fused.apply(
             hidden, head.weight, head.bias, head, teachers, losses, dtype, tile_rows, torch.is_grad_enabled()
@@ -91,7 +91,7 @@ class _Fused(torch.autograd.Function):
     """See `fused_losses`."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
@@ -99,14 +99,16 @@ class _Fused(torch.autograd.Function):
         head: Head,
         teachers: Sequence[Teacher],
         losses: Sequence[RowLoss],
-        dtype: torch.dtype,
+        dtype: torch.dtype | None,
         tile_rows: int | None,
         grad: bool,
     ) -> tuple[Tensor, Tensor]:
         needs_x, needs_w, needs_b = (grad and needed for needed in ctx.needs_input_grad[:3])
         work = _Work(hidden, weight, bias, head, teachers, losses, dtype, (needs_x, needs_w, needs_b))
         rows = (
-            tile_rows if tile_rows is not None else _tile_rows(hidden.shape[0], weight.shape[0], dtype, hidden.device)
+            tile_rows
+            if tile_rows is not None
+            else _tile_rows(hidden.shape[0], weight.shape[0], work.dtype, hidden.device)
         )
         for start in range(0, hidden.shape[0], rows):
             work.tile(start, min(start + rows, hidden.shape[0]), rows)
@@ -114,10 +116,10 @@ class _Fused(torch.autograd.Function):
         total = sum((loss.scale * value for loss, value in zip(losses, sums, strict=True)), sums.new_zeros(()))
         ctx.found = work.gradients()
         ctx.mark_non_differentiable(sums)
-        return total, sums  # type: ignore[return-value]
+        return total, sums
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.found is None:
             raise RuntimeError("the gradient of fused losses can be taken once: set `fuse_logits = off` to retain it")
         # Handed over, not copied: autograd keeps a gradient as it is where nobody else holds it.
@@ -138,14 +140,15 @@ class _Work:
         head: Head,
         teachers: Sequence[Teacher],
         losses: Sequence[RowLoss],
-        dtype: torch.dtype,
+        dtype: torch.dtype | None,
         needs: tuple[bool, bool, bool],
     ) -> None:
         self.head, self.teachers, self.losses = head, teachers, losses
-        self.dtype, self.own = dtype, weight.dtype
+        self.taught = [_cast(teacher, dtype) for teacher in teachers]
+        self.own, dtype = weight.dtype, dtype or weight.dtype
+        self.dtype = dtype
         self.soft = dtype if dtype in (torch.float32, torch.float64) else torch.float32
         self.x, self.weight, self.bias = hidden.to(dtype), weight.to(dtype), _to(bias, dtype)
-        self.taught = [_cast(teacher, dtype) for teacher in teachers]
         self.sums = torch.zeros(len(losses), dtype=self.soft, device=hidden.device)
         needs_x, needs_w, needs_b = needs
         self.any = any(needs)
@@ -256,10 +259,11 @@ def _to(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if x is None else x.to(dtype)
 
 
-def _cast(teacher: Teacher, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None] | None:
-    """The rows, the weight and the bias of a teacher in the dtype of the products; None where its logits are given."""
+def _cast(teacher: Teacher, dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    """The rows, the weight and the bias of a teacher in the autocast dtype, else in its own; None for given logits."""
     if teacher.head is None or teacher.hidden is None:
         return None
+    dtype = dtype or teacher.head.weight.dtype
     return teacher.hidden.to(dtype), teacher.head.weight.to(dtype), _to(teacher.head.bias, dtype)
 
 

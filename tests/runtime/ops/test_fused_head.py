@@ -262,3 +262,14 @@ def test_bf16_products_as_autocast_makes_them(bias, monkeypatch):
     for one, other in pairs:
         assert one.dtype == torch.float32
         torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2)
+
+
+def test_a_teacher_in_bf16_has_its_logits_in_bf16():
+    hidden, head = side(1, dtype=torch.float32)
+    hidden.requires_grad_()
+    source = side(5, 4, dtype=torch.bfloat16)
+    loss = RowLoss("kl", 1.0, torch.ones(N), 0)
+    total, _ = fused_losses(hidden, head, [Teacher(*source)], [loss])
+    expected = by_hand(loss, whole(hidden, head), whole(*source).float()).sum()
+    torch.testing.assert_close(total, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(x, [hidden])[0] for x in (total, expected)))
