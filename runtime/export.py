@@ -41,7 +41,7 @@ def export(
     spec_text: str,
     card: Mapping[str, Any],
     label_names: Sequence[str] = (),
-    pooling: Literal["mean", "cls"] | None = None,
+    pooling: Literal["mean", "cls", "last"] | None = None,
     normalize: bool = False,
     max_length: int | None = None,
     vocabulary: Mapping[str, Any] | None = None,
@@ -150,7 +150,7 @@ def _sentence_transformers(
     _write_json(work / "modules.json", entries)
     (work / "1_Pooling").mkdir()
     modes = {"cls_token": pooling == "cls", "mean_tokens": pooling == "mean"}
-    modes |= {"max_tokens": False, "mean_sqrt_len_tokens": False}
+    modes |= {"max_tokens": False, "mean_sqrt_len_tokens": False, "lasttoken": pooling == "last"}
     settings: dict[str, Any] = {"word_embedding_dimension": int(model.config.hidden_size)}
     settings |= {f"pooling_mode_{mode}": on for mode, on in modes.items()}
     _write_json(work / "1_Pooling" / "config.json", settings)

@@ -215,7 +215,7 @@ def about(folder: Path) -> dict[str, Any]:
         raise RunError(CANNOT_RUN, f"{folder} is not a run folder", f"it has no readable {_ABOUT}") from error
 
 
-def _pooling(stage: StagePlan, name: str) -> Literal["mean", "cls"] | None:
+def _pooling(stage: StagePlan, name: str) -> Literal["mean", "cls", "last"] | None:
     """How the objective made one vector of a text, where it did so from the student's last hidden state."""
     final: set[str] = set()
     for forward in stage.forwards:
@@ -224,7 +224,9 @@ def _pooling(stage: StagePlan, name: str) -> Literal["mean", "cls"] | None:
             final |= {tap.key for tap in forward.taps if tap.path.kind == "final" or tap.path == last}
     for step in stage.program:
         if isinstance(step, Apply) and step.op in ("pool", "cls") and dict(step.inputs).get("x") in final:
-            return "mean" if step.op == "pool" else "cls"
+            if step.op == "pool":
+                return "mean"
+            return "last" if dict(step.attrs).get("last") else "cls"
     return None
 
 

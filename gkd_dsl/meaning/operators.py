@@ -294,6 +294,8 @@ def _apply(
     causal = any(tensor.causal for tensor in tensors.values())
     if causal and registry.has_argument(spec, "causal") and "causal" not in values:
         values["causal"] = True
+    if spec.name == "cls" and "last" not in values and _left_to_right(ctx, tensors["x"]):
+        values["last"] = True
     if shifts and "labels" in tensors:
         tensors["labels"] = counting.next_token(ctx, scope, tensors["labels"], expr)
     if spec.name in ("equal", "not_equal") and isinstance(values.get("b"), int):
@@ -346,6 +348,10 @@ def _apply(
         from_batch=bool(tensors) and all(tensor.from_batch for tensor in tensors.values()),
         tokens=frozenset().union(*(t.tokens for t in tensors.values())),
     )
+
+
+def _left_to_right(ctx: Context, tensor: Tensor) -> bool:
+    return any(ctx.models[name].info.left_to_right for name in tensor.reads if name in ctx.models)
 
 
 def _fit_labels(ctx: Context, scope: Scope, tensors: dict[str, Tensor]) -> None:

@@ -307,7 +307,7 @@ def _fits(
     differ = ""
     if ours.family is None or ours.family != theirs.family:
         differ = f"`{base.name}` is of the family {ours.family}, `{lender.name}` of {theirs.family}"
-    elif ours.causal != theirs.causal:
+    elif ours.left_to_right != theirs.left_to_right:
         differ = "one of them sees only what comes before, the other all"
     for size, word in _ALIKE.items():
         if not differ and ours.size(size) != theirs.size(size):

@@ -196,7 +196,7 @@ def as_tensor(ctx: Context, scope: Scope, value: Value, expr: ast.Expr) -> Value
         carries=frozenset() if passed.discard else frozenset({model.name}) | passed.carries,
         reads=frozenset({model.name}) | passed.reads,
         next_token=model.info.causal and found.path.kind == "logits",
-        causal=lengths == 2 and model.info.causal,
+        causal=lengths == 2 and model.info.left_to_right,
         tokens=frozenset({dict(passed.columns).get("attention_mask") or column_node(ctx, "attention_mask")}),
     )
     return detached(ctx, scope, tensor, expr) if ctx.detaching else tensor

@@ -110,3 +110,11 @@ class ModelInfo:
     def causal(self) -> bool:
         """Whether position i of its logits predicts token i + 1."""
         return self.task == "causal_lm"
+
+    @property
+    def left_to_right(self) -> bool:
+        """Whether a token sees those before it and itself alone: the last one then stands for a text, not the first."""
+        from gkd_dsl.models.families import FAMILIES
+
+        family = FAMILIES.get(self.family or "")
+        return self.causal or (family is not None and family.decoder)

@@ -278,7 +278,7 @@ def _row(info: ModelInfo, name: str, text: str, path: TapPath) -> TapRow:
     where = str(hook(info, path))
     blocks = FAMILIES[info.family or ""].blocks
     if path.kind == "cls":
-        where += ", at the first real token"
+        where += f", at the {'last' if info.left_to_right else 'first'} real token"
     elif text.startswith("hidden"):
         where = f"what {blocks}.(k - 1) gives; for k = 0 that of `embed`"
     elif text.endswith(".in"):

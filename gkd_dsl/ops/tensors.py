@@ -95,9 +95,10 @@ OPS: tuple[OpSpec, ...] = (
     OpSpec(
         "cls",
         "tensor",
-        ("cls(x: Float[B, L, H]) -> Float[B, H]",),
-        "The first valid token of each text: the `[CLS]` of an encoder, at any padding side.",
-        "x_l, l the first token with valid_l",
+        ("cls(x: Float[B, L, H], last: bool = false) -> Float[B, H]",),
+        "The token that stands for a text, at any padding side: the first valid one, the `[CLS]` of an encoder; of a "
+        "model whose tokens see only what comes before them the last one, `last = true`, without being asked.",
+        "x_l, l the first token with valid_l (the last)",
         masked=True,
     ),
     OpSpec(

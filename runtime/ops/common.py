@@ -61,3 +61,12 @@ def on_rows(
     mask = mask.expand(shape)
     values = compute(*(row[mask] for row in rows))
     return values.new_zeros(shape).masked_scatter(mask, values)
+
+
+def end_token(x: Tensor, valid: Tensor | None, last: bool) -> Tensor:
+    """The first token of each text where `valid` `[B, L]` holds, or the last: `[B, L, H]` -> `[B, H]`."""
+    if valid is None:
+        return x[:, -1 if last else 0]
+    found = valid.int()
+    place = x.shape[1] - 1 - found.flip(1).argmax(1) if last else found.argmax(1)
+    return x[torch.arange(len(x), device=x.device), place]

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gkd_dsl.runtime.ops.common import full, mask_for, zero_where_not
+from gkd_dsl.runtime.ops.common import end_token, full, mask_for, zero_where_not
 from gkd_dsl.runtime.ops.divergences import expectation, log_probs
 from gkd_dsl.runtime.ops.registry import function
 
@@ -62,12 +62,10 @@ def pool(x: Tensor, *, valid: Tensor | None = None) -> Tensor:
 
 
 @function("cls")
-def cls(x: Tensor, *, valid: Tensor | None = None) -> Tensor:
-    """The first valid token: [B, L, H] -> [B, H]; token 0 of a text without any."""
-    if valid is None:
-        return x[:, 0]
-    rows = valid.bool() if valid.ndim == 2 else valid.bool()[:, None].expand(x.shape[:2])
-    return x[torch.arange(len(x), device=x.device), rows.int().argmax(1)]
+def cls(x: Tensor, *, last: bool = False, valid: Tensor | None = None) -> Tensor:
+    """The first valid token, or the last: [B, L, H] -> [B, H]; that of all tokens for a text without any."""
+    rows = valid if valid is None or valid.ndim == 2 else valid.bool()[:, None].expand(x.shape[:2])
+    return end_token(x, rows, last)
 
 
 def _ordered(xs: dict[str, Tensor]) -> list[Tensor]:

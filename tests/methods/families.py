@@ -6,9 +6,7 @@ import os
 from pathlib import Path
 
 from cases import CASES, NAMES
-from harness import CAUSAL, FAMILIES, Models, errors, spec, spec_plan, use
-
-from gkd_dsl.graph.plan import Apply
+from harness import CAUSAL, FAMILIES, Models, errors, spec, use
 
 PAGE = Path(__file__).parents[2] / "docs" / "methods" / "families.md"
 UPDATE = bool(os.environ.get("GKD_UPDATE_FAMILIES"))
@@ -32,18 +30,6 @@ def answer(name: str, family: str) -> tuple[str, str]:
     return found[0] if found else ("yes", _TASK[models_of(name, family).task])
 
 
-def compares_first_tokens(name: str, family: str) -> bool:
-    """Whether a stage reads the first token of a causal model, which sees nothing of the text behind it."""
-    if family not in CAUSAL or answer(name, family)[0] != "yes":
-        return False
-    for plan in spec_plan(text_of(name, family), CASES[name].warns).stages:
-        if any(isinstance(step, Apply) and step.op == "cls" for step in plan.program):
-            return True
-        if any(tap.path.kind == "cls" for forward in plan.forwards for tap in forward.taps):
-            return True
-    return False
-
-
 def rows() -> list[tuple[str, str, tuple[str, str]]]:
     """(method, family, answer) for every method and family."""
     return [(name, family, answer(name, family)) for name in NAMES for family in FAMILIES]
@@ -60,9 +46,8 @@ def page() -> str:
         "family: where it says yes, a step of every stage was made and its losses and gradients were finite, and",
         "padding changed neither. Otherwise it is the code with which `gkd check` refuses the spec; the sentence is",
         "below. Language models are masked ones of BERT and RoBERTa, and causal ones of Llama and GPT-2.",
-        "`first token`: it runs, and one of its terms compares the first token of a causal model, which sees nothing of",
-        "the text behind it. That term teaches little there; where the method has a parameter for the mean of the tokens",
-        "(`pooled_lam`, `pooled_weight`), it is the one to use.",
+        "A term over the first token, the `[CLS]` of an encoder, takes the last one of Llama and GPT-2, whose first",
+        "token sees nothing of the text behind it.",
         "",
         "<!-- Written by tests/methods/families.py: GKD_UPDATE_FAMILIES=1 pytest tests/methods -->",
         "",
@@ -74,7 +59,7 @@ def page() -> str:
         cells = []
         for family in FAMILIES:
             code, said = answers[name, family]
-            cells.append("first token" if compares_first_tokens(name, family) else code)
+            cells.append(code)
             if code != "yes":
                 refusals.setdefault((name, f"{code}: {said}"), []).append(_SHOWN[family])
         kind = "classifiers" if CASES[name].models.task == "classification" else "language models"

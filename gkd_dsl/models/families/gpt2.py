@@ -4,6 +4,7 @@ from gkd_dsl.models.families.table import Family, Place
 
 GPT2 = Family(
     name="gpt2",
+    decoder=True,
     fields={
         "H": "n_embd",
         "V": "vocab_size",

@@ -44,6 +44,7 @@ def decoder(
     """A decoder of pre-norm blocks with rotary positions, `self_attn` and `mlp`."""
     return Family(
         name=name,
+        decoder=True,
         fields=FIELDS,
         defaults={**DEFAULTS, **defaults},
         classes={

@@ -46,6 +46,7 @@ class Family:
     heads       task -> modules of the head, relative to the whole model
     row_heads   tasks whose head modules see one row per sequence
     words       the parameter that holds the word embeddings
+    decoder     a token sees those before it and itself alone, whatever the head
     causal      config fields that make a causal language model of a family of encoders
     """
 
@@ -75,6 +76,7 @@ class Family:
     no_pooler: str = "this family has no pooler"
     inside: tuple[str, str] | None = None
     computed: tuple[str, ...] = ()
+    decoder: bool = False
 
     @property
     def post_norm(self) -> bool:

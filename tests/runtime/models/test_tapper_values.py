@@ -14,6 +14,11 @@ POST_NORM = ("bert", "roberta", "distilbert")
 BOTTLENECK = ("mobilebert",)
 
 
+def positions(family, inputs):
+    """The positions that `generate` of transformers gives GPT-2, whose own count begins at the first column."""
+    return {"position_ids": (inputs["attention_mask"].cumsum(-1) - 1).clamp_min(0)} if family == "gpt2" else {}
+
+
 def reference(tiny, inputs):
     """What an eager copy says of itself, and the projections read by hooks placed by hand."""
     model = copy.deepcopy(tiny.model)
@@ -85,7 +90,7 @@ def test_every_tap_is_what_the_model_says_of_itself(make, batch, close, family, 
         paths.append(TapPath("pooled"))
     with torch.no_grad():
         taps = tiny.tapper.run(inputs, paths)
-    read = reference(tiny, inputs)
+    read = reference(tiny, inputs | positions(family, inputs))
     output = read["output"]
 
     for k in range(count):
@@ -94,6 +99,9 @@ def test_every_tap_is_what_the_model_says_of_itself(make, batch, close, family, 
     final = read["base"].last_hidden_state
     close(taps[TapPath("final")], final, mask)
     first = [0, 0, 0] if side == "right" else [0, 3, 2]
+    if tiny.info.left_to_right:
+        # The first token of a decoder sees nothing of the text: the last one stands for it.
+        first = [6, 3, 4] if side == "right" else [6, 6, 6]
     close(taps[TapPath("cls")], torch.stack([final[row, at] for row, at in enumerate(first)]))
     if task != "encoder":
         rows_only = task == "classification"
@@ -220,4 +228,4 @@ def test_a_batch_without_padding_or_mask(make, close):
         read = reference(tiny, {"input_ids": ids})
         close(taps[paths[0]], read["output"].attentions[1])
         close(taps[paths[1]], read["block", 2])
-        close(taps[paths[2]], read["base"].last_hidden_state[:, 0])
+        close(taps[paths[2]], read["base"].last_hidden_state[:, -1 if tiny.info.left_to_right else 0])

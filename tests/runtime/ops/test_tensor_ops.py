@@ -247,3 +247,12 @@ def test_relations_stay_in_fp32_under_autocast():
 )
 def test_gradcheck(function):
     assert torch.autograd.gradcheck(function, (randn(2, 3, 4).requires_grad_(),))
+
+
+def test_the_token_that_stands_for_a_text_is_the_first_or_the_last_valid_one():
+    x = torch.arange(2 * 4 * 3.0).reshape(2, 4, 3)
+    valid = torch.tensor([[True, True, False, False], [False, True, True, True]])
+    run = tensors.cls
+    assert torch.equal(run(x, valid=valid), torch.stack([x[0, 0], x[1, 1]]))
+    assert torch.equal(run(x, last=True, valid=valid), torch.stack([x[0, 1], x[1, 3]]))
+    assert torch.equal(run(x, last=True), x[:, 3])
