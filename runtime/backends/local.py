@@ -73,8 +73,12 @@ class LocalBackend:
         except Exception as error:
             if not out_of_memory(error):
                 raise
+            # Planning is imported where memory ran out alone.
+            from gkd_dsl.runtime.memory import memory_words
+
+            words = memory_words(step, optimizer, batches, self.device, self.settings)
             optimizer.zero_grad(set_to_none=True)
-            raise RunError(OUT_OF_MEMORY, *_memory_words(batches, self.device, self.settings)) from error
+            raise RunError(OUT_OF_MEMORY, *words) from error
 
     def taps_context(self) -> AbstractContextManager[object]:
         """Autocast to bf16 where the precision says so."""
@@ -259,16 +263,3 @@ def _gradient_norm(parameters: Sequence[torch.nn.Parameter], like: Tensor) -> Te
     if not gradients:
         return torch.zeros((), device=like.device)
     return torch.nn.utils.get_total_norm(gradients)
-
-
-def _memory_words(batches: Sequence[Batch], device: torch.device, settings: Settings) -> tuple[str, str]:
-    rows = max(batch["input_ids"].shape[0] for batch in batches if "input_ids" in batch)
-    length = max(batch["input_ids"].shape[1] for batch in batches if "input_ids" in batch)
-    options = [f"lower `batch_size` to {max(1, rows // 2)} and double `accumulate` (the losses stay the same)"]
-    options.append("lower `max_length`")
-    if not settings.checkpoint:
-        options.append("set `checkpoint = true` in `runtime`")
-    if settings.precision == "fp32":
-        options.append("set `precision = bf16`")
-    where = "the GPU" if device.type == "cuda" else "this machine"
-    return f"{where} has too little memory for a micro-batch of {rows} texts of {length} tokens", ", or ".join(options)
