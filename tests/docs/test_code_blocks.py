@@ -76,7 +76,7 @@ AROUND = {
 
 @pytest.mark.parametrize("block", PARTS, ids=str)
 def test_a_part_of_a_spec_checks_among_usual_declarations(block: Block, docs_root: Path) -> None:
-    named = set(re.findall(r"^\s*(?:teacher|student|model|data|project|loss|metric) (\w+)", block.text, re.M))
+    named = set(re.findall(r"^\s*(?:teacher|student|model|data|project|loss|metric) (\w+)\b(?!\s*\{)", block.text, re.M))
     faults = []
     for student in STUDENTS:
         lines = [text.replace("{student}", student) for name, text in AROUND.items() if name not in named]
