@@ -1,6 +1,7 @@
 """Fused losses in a step: accumulation, errors that name the loss, heads of many shapes, what stays plain."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -260,3 +261,67 @@ def test_the_table_of_heads(tmp_path):
         assert found.module == "lm_head"
         expected = {"gemma2": {"softcap": 2.0}, "granite": {"scale": 4.0, "divide": True}, "cohere": {"scale": 0.5}}
         assert found == LinearHead("lm_head", **expected.get(family, {}))
+
+
+def test_a_term_without_weight_at_a_step_is_left_out_of_the_pass_with_its_teacher(tmp_path):
+    body = """
+loss mixed = cross_entropy(s.logits, batch.labels) + ramp(0 -> 1, until = 100%) * kl(s.logits <- t.logits)
+stage main for 10 steps { minimize mixed }
+"""
+    (plan,) = spec_of(tmp_path, "llama", body).plan().stages
+    step, batch = StepModule(plan, models_of(plan)).eval(), batch_of()
+    ran = []
+    step.teachers.models["t"].register_forward_hook(lambda *_: ran.append("t"))
+    step.teachers.models["t"].model.register_forward_hook(lambda *_: ran.append("t"))
+    counts = step.denominators([batch], CLOCK)
+    first = step(batch, Clock(0, 10, 10.0), counts)
+    assert ran == []
+    plain = step(batch, Clock(0, 10, 10.0), counts, fused=False)
+    torch.testing.assert_close(first.loss, plain.loss, rtol=1e-9, atol=1e-9)
+    for one, other in zip(gradients(step, first.loss), gradients(step, plain.loss), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-9)
+    later = step(batch, Clock(5, 10, 10.0), counts)
+    assert ran
+    assert later.loss > first.loss
+
+
+def test_weights_of_tokens_and_texts_are_in_the_fused_sum(tmp_path):
+    body = """
+loss soft = kl(s.logits <- t.logits)
+loss hard = cross_entropy(s.logits, batch.labels)
+stage main for 3 epochs { minimize soft + hard }
+"""
+    (plan,) = spec_of(tmp_path, "llama", body).plan().stages
+    key = next(term.key for group in fusions(plan) for term in group.terms if term.op == "kl")
+    weighted = replace(
+        plan,
+        columns=(*plan.columns, "tokens", "texts"),
+        counted=tuple(
+            replace(entry, token_weight="batch/tokens", sample_weight="batch/texts") if entry.key == key else entry
+            for entry in plan.counted
+        ),
+        program=tuple(
+            replace(step, inputs=(*step.inputs, ("token_weight", "batch/tokens"), ("sample_weight", "batch/texts")))
+            if getattr(step, "key", None) == key
+            else step
+            for step in plan.program
+        ),
+    )
+    step, batch = StepModule(weighted, models_of(plan)).eval(), batch_of()
+    generator = torch.Generator().manual_seed(3)
+    batch |= {"tokens": torch.rand(4, 7, generator=generator), "texts": torch.rand(4, generator=generator)}
+    counts = step.denominators([batch], CLOCK)
+    out, plain = step(batch, CLOCK, counts), step(batch, CLOCK, counts, fused=False)
+    torch.testing.assert_close(out.terms["soft"], plain.terms["soft"], rtol=1e-9, atol=1e-9)
+    for one, other in zip(gradients(step, out.loss), gradients(step, plain.loss), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-9)
+
+
+def test_a_label_outside_the_vocabulary_is_refused_as_in_the_plain_form(tmp_path):
+    (plan,) = spec_of(tmp_path, "llama").plan().stages
+    step, batch = StepModule(plan, models_of(plan)), batch_of()
+    batch["labels"][0, 1] = V
+    counts = step.denominators([batch], CLOCK)
+    for fused in (True, False):
+        with pytest.raises(ValueError, match=f"labels run from . to {V}, but the model has {V} classes"):
+            step(batch, CLOCK, counts, fused=fused)
