@@ -213,7 +213,7 @@ def measure(name: str, loss: str, made: World, device: str, rounds: int, clock: 
 
 
 def agree(device: str, seed: int) -> dict[str, float]:
-    """The largest relative gap of each contestant to the naive form. Raises SystemExit over 1e-4."""
+    """The largest relative gap of each contestant to the naive form. Raises SystemExit over 1e-4 (2e-2 on a GPU)."""
     gaps: dict[str, float] = {}
     for loss in LOSSES:
         found: dict[str, tuple[Tensor, ...]] = {}
@@ -225,7 +225,9 @@ def agree(device: str, seed: int) -> dict[str, float]:
             pairs = zip(tensors, found["naive"], strict=True)
             gap = max(float((one - other).norm() / other.norm()) for one, other in pairs)
             gaps[name] = max(gaps.get(name, 0.0), gap)
-    wrong = {name: gap for name, gap in gaps.items() if not gap < 1e-4}
+    # Kernels of some contestants take their products in TF32 there.
+    most = 1e-4 if device == "cpu" else 2e-2
+    wrong = {name: gap for name, gap in gaps.items() if not gap < most}
     if wrong:
         raise SystemExit(f"these do not agree with the naive form: {wrong}")
     return gaps
