@@ -30,12 +30,13 @@ def cache(
         os.environ["HF_HUB_OFFLINE"] = "1"
     result = checked(spec, set_, online=not offline)
     require_ok(result)
-    from gkd_dsl.cli.run import in_words
+    from gkd_dsl.cli.run import STOPPED, in_words
 
     with in_words():
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+        from gkd_dsl.runtime.errors import Stopped
         from gkd_dsl.runtime.session import plan_of
         from gkd_dsl.runtime.teachers.fill import fill
 
@@ -48,7 +49,12 @@ def cache(
                     tasks[model, stage] = progress.add_task(f"{model} in {stage}", total=total)
                 progress.update(tasks[model, stage], completed=done)  # type: ignore[arg-type]
 
-            found = fill(plan_of(result), root=result.root, out=out, top_k=top_k, resume=resume, tell=tell)
+            try:
+                found = fill(plan_of(result), root=result.root, out=out, top_k=top_k, resume=resume, tell=tell)
+            except Stopped as stopped:
+                text = f"stopped in stage `{stopped.stage}` after {stopped.step} of {stopped.total} rows"
+                typer.echo(f"{text}; they are stored: go on with `--resume`", err=True)
+                raise typer.Exit(STOPPED) from stopped
     if json:
         import json as json_
 

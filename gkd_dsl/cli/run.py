@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from gkd_dsl.meaning.check import Checked
     from gkd_dsl.runtime.session import Outcome
 
-_STOPPED = 130
+STOPPED = 130
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="a run folder")]
 
 
@@ -45,10 +45,10 @@ def in_words() -> Iterator[None]:
         raise typer.Exit(FAULT) from error
     except Stopped as stopped:
         typer.echo(str(stopped), err=True)
-        raise typer.Exit(_STOPPED) from stopped
+        raise typer.Exit(STOPPED) from stopped
     except KeyboardInterrupt as error:
         typer.echo("interrupted before a checkpoint could be written", err=True)
-        raise typer.Exit(_STOPPED) from error
+        raise typer.Exit(STOPPED) from error
 
 
 def run(
