@@ -105,12 +105,18 @@ class GeminiBackend(DdpBackend):
             model.to(self.device)
         super().begin(step, optim)
         # Where a stage accumulates, gradients need chunks of their own.
+        arguments = self._arguments
+        if step.plan.stage.accumulate > 1 and self.processes.count > 1:
+            # What is smaller than one chunk stays whole on every rank, and ColossalAI 0.5.0 accumulates that wrongly:
+            # the gradient so far is multiplied by the number of ranks.
+            least = sum(parameter.numel() for _, parameter in self._named) / 2**20
+            arguments = {**arguments, "min_chunk_size_m": min(least, float(arguments.get("min_chunk_size_m", 32.0)))}
         plugin = GeminiPlugin(
             precision="bf16",
             max_norm=optim.clip if optim.clip is not None else _NO_CLIP,
             enable_gradient_accumulation=step.plan.stage.accumulate > 1,
             enable_async_reduce=self._real,
-            **self._arguments,
+            **arguments,
         )
         inside = _Inside(step)
         self._before = {parameter: parameter.data for parameter in inside.parameters()}

@@ -30,11 +30,11 @@ def same(found, expected):
 def test_two_processes_give_the_losses_of_one(in_two, name):
     first, second = in_two[4]
     assert first[name] == second[name]
-    same(first[name], losses(name, 4))
+    same(first[name], losses(name, 4, micro=1 + len(name) % 2))
 
 
 @pytest.mark.parametrize("name", ["kd", "minilm", "rl_kd", "lrc_bert", "mgskd"])
 def test_a_process_without_a_row_counts_nowhere(in_two, name):
     first, second = in_two[2]
     assert first[name] == second[name]
-    same(first[name], losses(name, 2))
+    same(first[name], losses(name, 2, micro=1 + len(name) % 2))

@@ -1,0 +1,138 @@
+"""Gemini, its real chunks and optimiser on the host: the losses of the local backend, checkpoints, exports.
+
+`make gemini` installs ColossalAI; `make test` runs these after it.
+"""
+
+import json
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+from ranks import CASES, HERE, losses, started
+from safetensors.torch import load_file
+
+from gkd_dsl.runtime.checkpoint import read
+
+pytestmark = pytest.mark.gemini
+BF16 = (("precision", "bf16"),)
+# Gradients inside a step are refused at the check.
+METHODS = tuple(name for name in CASES if name != "lrc_bert")
+IN_TWO = ("kd", "minilm", "mgskd", "rl_kd", "tinybert", "dgkd", "diito", "pd_pretrain")
+STEPS = 6
+SPEC = f"""gkd 1
+teacher t = hf("./t", num_labels = 3)
+student s = hf("./s", num_labels = 3)
+data d = csv("rows.csv", text = "text", label = "label", held_out = 20%%)
+loss soft = kl(s.logits <- t.logits)
+loss hidden = mse(s.hidden[1] |> W <- t.hidden[2])
+project W = linear(s.H -> t.H)
+metric acc = accuracy(s.logits, batch.labels)
+stage main for {STEPS} steps {{
+  batch_size = 4
+  accumulate = 2
+  max_length = 12
+  minimize soft + 0.1 * hidden
+  optim = adamw(lr = 1e-2, eps = 0.1, clip = 0.05)
+  evaluate acc every 2 steps
+  keep best by acc
+  checkpoint_every = 2 steps
+}}
+runtime {{
+  backend = %s
+  precision = bf16
+  %s
+}}
+"""
+
+
+def ran(count, script, *words, **more):
+    processes = started(count, script, *words, **more)
+    assert [process.wait(300) for process in processes] == [0] * count
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """The losses of every method in one process and of some in two, on each rank."""
+    out = tmp_path_factory.mktemp("gemini")
+    ran(1, HERE / "ranks.py", out / "one", 4, "gemini", *METHODS)
+    ran(2, HERE / "ranks.py", out / "two", 4, "gemini", *IN_TWO)
+    return {name: json.loads((out / name).read_text()) for name in ("one.0", "two.0", "two.1")}
+
+
+def close(found, expected):
+    """The same losses to the rounding of bf16: 2^-8 in each forward, at most a few of them after three steps."""
+    assert len(found) == len(expected) > 0
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one[0], other[0], rtol=0.03)
+        np.testing.assert_allclose(one[1], other[1], rtol=0.15)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_losses_of_the_local_backend(found, name):
+    close(found["one.0"][name], losses(name, 4, runtime=BF16, micro=1 + len(name) % 2))
+
+
+@pytest.mark.parametrize("name", IN_TWO)
+def test_two_processes(found, name):
+    assert found["two.0"][name] == found["two.1"][name]
+    close(found["two.0"][name], losses(name, 4, runtime=BF16, micro=1 + len(name) % 2))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Two small models, rows, the spec for three backends, and `whole`: its run by Gemini in one process."""
+    from small_folders import write
+
+    folder = tmp_path_factory.mktemp("spec")
+    write(folder)
+    (folder / "a.gkd").write_text(SPEC % ("gemini", "min_chunk_size_m = 0.001\n  search_range_m = 1"))
+    (folder / "local.gkd").write_text(SPEC % ("local", ""))
+    (folder / "kept.gkd").write_text(SPEC % ("gemini", "shard_param_frac = 0.0\n  offload_optim_frac = 0.5"))
+    ran(1, HERE / "gemini_run.py", "run", "a.gkd", "--offline", "--out", "whole", cwd=folder)
+    return folder
+
+
+def steps(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == "step"]
+
+
+def same(run, whole, rtol=0.01):
+    for one, other in zip(steps(run), steps(whole), strict=True):
+        np.testing.assert_allclose(one["loss"], other["loss"], rtol=rtol)
+        np.testing.assert_allclose(one["gradient_norm"], other["gradient_norm"], rtol=10 * rtol)
+    tensors, wanted = (load_file(folder / "export" / "model.safetensors") for folder in (run, whole))
+    assert tensors.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert tensors[name].dtype == torch.float32
+        np.testing.assert_allclose(tensors[name], tensor, rtol=0.02, atol=3e-3)
+
+
+def test_the_run_and_the_export_are_those_of_the_local_backend(place):
+    ran(1, HERE / "gemini_run.py", "run", "local.gkd", "--offline", "--out", "local", cwd=place)
+    same(place / "whole", place / "local", rtol=0.03)
+    names = [{path.name for path in (place / run / "export").iterdir()} for run in ("whole", "local")]
+    assert names[0] == names[1]
+    gemini, local = (read(place / run / "checkpoints" / f"main-{STEPS}") for run in ("whole", "local"))
+    assert gemini.optimizer.keys() == local.optimizer.keys()
+    assert all(gemini.optimizer[key].shape == value.shape for key, value in local.optimizer.items())
+    # Masters are saved, not what bf16 leaves of them.
+    weights = gemini.models["s"].values()
+    assert any(not torch.equal(value, value.bfloat16().float()) for value in weights if value.is_floating_point())
+
+
+@pytest.mark.parametrize("spec", ["a", "kept"])
+def test_stopped_in_two_goes_on_in_one(place, spec):
+    run = place / f"stopped-{spec}"
+    processes = started(2, HERE / "gemini_run.py", "run", f"{spec}.gkd", "--offline", "--out", run.name, cwd=place)
+    until = time.monotonic() + 120
+    while not (run / "metrics.jsonl").is_file() or len(steps(run)) < 3:
+        assert all(process.poll() is None for process in processes)
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    processes[0].send_signal(signal.SIGINT)
+    assert [process.wait(100) for process in processes] == [130, 130]
+    ran(1, HERE / "gemini_run.py", "run", f"{spec}.gkd", "--offline", "--out", run.name, "--resume", cwd=place)
+    same(run, place / "whole")
