@@ -14,6 +14,9 @@ from importlib import metadata
 from pathlib import Path
 
 _NEEDED_SPACE = 2_000_000_000
+_TRIED = "0.5.0"
+_BESIDE = ("psutil", "accelerate", "peft", "einops", "galore_torch", "bitsandbytes")
+_GEMINI = f"pip install --no-deps colossalai=={_TRIED} {' '.join(_BESIDE)}"
 _VERSIONS = ("torch", "transformers", "datasets", "lark", "networkx", "safetensors", "huggingface_hub", "tensorboard")
 
 
@@ -153,8 +156,19 @@ def _offline() -> list[Finding]:
 def _colossalai() -> list[Finding]:
     purpose = "the gemini backend, which spreads a model over several GPUs"
     if importlib.util.find_spec("colossalai") is None:
-        return [Finding("colossalai", True, f"not installed; optional, for {purpose}")]
-    return [Finding("colossalai", True, f"{metadata.version('colossalai')}, for {purpose}")]
+        return [Finding("colossalai", True, f"not installed; optional, for {purpose}: {_GEMINI}")]
+    version = metadata.version("colossalai")
+    missing = [name for name in _BESIDE if importlib.util.find_spec(name) is None]
+    if missing:
+        told = f"{version}, and {', '.join(missing)} missing"
+        return [Finding("colossalai", False, told, f"pip install --no-deps {' '.join(missing)}")]
+    found = [Finding("colossalai", True, f"{version}, for {purpose}")]
+    if version != _TRIED:
+        told = f"{version}; {_TRIED} is what was tried"
+        found = [Finding("colossalai", False, told, f"pip install --no-deps colossalai=={_TRIED}")]
+    from gkd_dsl.runtime.backends.gemini import kernels
+
+    return [*found, Finding("gemini's AdamW", True, kernels())]
 
 
 def _writable(name: str, folder: Path, fix: str) -> Finding:

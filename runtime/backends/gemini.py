@@ -37,6 +37,16 @@ def _quiet() -> Iterator[None]:
         yield
 
 
+def kernels() -> str:
+    """Which AdamW Gemini has here, and why. Raises ImportError without ColossalAI."""
+    with _quiet():
+        from gkd_dsl.runtime.backends.gemini_adam import CPUAdamLoader, why_not_built
+    reason = why_not_built(CPUAdamLoader)
+    if reason is None:
+        return "ColossalAI's kernels, built at first use"
+    return f"torch's own fused kernel; ColossalAI's cannot be built: {reason}"
+
+
 def plugin_arguments(runtime: Sequence[tuple[str, AttrValue]]) -> dict[str, Any]:
     """Gemini's own arguments among the settings of a runtime block."""
     return {name: value for name, value in runtime if name not in _OURS and "." not in name}
