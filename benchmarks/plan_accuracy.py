@@ -19,9 +19,12 @@ from typing import Any
 import torch
 from common import parser, report, table
 from methods_table_cost import living, most
+from transformers import PreTrainedModel
 
 from gkd_dsl.graph.passes import compile_plan
-from gkd_dsl.graph.plan import StagePlan
+from gkd_dsl.graph.passes.sparse import sparse
+from gkd_dsl.graph.plan import ForwardPlan, StagePlan
+from gkd_dsl.graph.stored import sparse_keys
 from gkd_dsl.meaning.check import check_path
 from gkd_dsl.planning.estimate import estimate_stage
 from gkd_dsl.planning.layout import Setup
@@ -31,6 +34,11 @@ from gkd_dsl.runtime.backends.base import Settings
 from gkd_dsl.runtime.backends.local import LocalBackend
 from gkd_dsl.runtime.models.load import load
 from gkd_dsl.runtime.step import StepModule, make_projections
+from gkd_dsl.runtime.teachers.base import TeacherSource
+from gkd_dsl.runtime.teachers.live import LiveTeachers
+from gkd_dsl.runtime.teachers.make import Placement, layout_of
+from gkd_dsl.runtime.teachers.parts import Layout
+from gkd_dsl.runtime.teachers.streamed import StreamedTeachers, in_host_memory
 from gkd_dsl.schedules import Clock
 
 GOAL = 0.10
@@ -38,7 +46,7 @@ GOAL = 0.10
 
 @dataclass(frozen=True)
 class Case:
-    """A spec: its models, its losses, a micro-batch, and its runtime block."""
+    """A spec: its models, its losses or a method of the library, a micro-batch, how it is run."""
 
     name: str
     family: str
@@ -50,6 +58,8 @@ class Case:
     teachers: int = 1
     task: str = "classification"
     projects: bool = False
+    method: str = ""
+    placement: str = "resident"
 
 
 HIDDEN = "mean(mse(s.layer[i].out |> W <- t.layer[j].out) for (i, j) in uniform(s.layer, t.layer))"
@@ -71,6 +81,14 @@ CASES = (
     Case("Llama, next token", "llama", SOFT, 4, task="causal_lm", runtime=NAIVE),
     Case("Llama, generalized JSD", "llama", {"soft": "jsd(s.logits <- t.logits)"}, 4, task="causal_lm", runtime=NAIVE),
     Case("Llama, next token, bf16", "llama", SOFT, 4, runtime=f"{NAIVE}\n  precision = bf16", task="causal_lm"),
+    Case("MiniLMv2", "bert", {}, method="minilmv2"),
+    Case("MGSKD", "bert", {}, method="mgskd"),
+    Case("CKD", "bert", {}, method="ckd"),
+    Case("LRC-BERT", "bert", {}, method="lrc_bert"),
+    Case("BERT, hidden taps, offload", "bert", {**SOFT, "hid": HIDDEN}, projects=True, placement="offload"),
+    Case("Llama, next token, cached", "llama", SOFT, 8, task="causal_lm", placement="cached"),
+    Case("GPT-2, next token, cached", "gpt2", {"soft": SOFT["soft"]}, 4, 256, task="causal_lm", placement="cached"),
+    Case("Llama, next token, offload, fused", "llama", SOFT, 8, task="causal_lm", placement="offload"),
     Case("GPT-2, fused", "gpt2", SOFT, 8, task="causal_lm"),
     Case("Llama, fused", "llama", SOFT, 8, 256, task="causal_lm"),
     Case("Llama, fused, hidden taps, checkpointing", "llama", {**SOFT, "hid": HIDDEN}, 4, 256,
@@ -109,10 +127,16 @@ def write(case: Case, folder: Path, quick: bool) -> Path:
     lines += ['param rows: text "never read: batches are drawn"', f"data d = {source}"]
     lines += ["project W = linear(s.H -> t.H)"] if case.projects else []
     lines += [f"loss {name} = {text}" for name, text in case.losses.items()]
+    if case.method:
+        lines[1:1] = [f'import "gkd:{case.method}" use {case.method}']
+        lines += [f"use {case.method}(t -> s) as m"]
+    objective = "m" if case.method else " + ".join(case.losses)
     rows = case.rows // 2 if quick else case.rows
-    lines += ["stage main for 1 epochs {", f"  minimize {' + '.join(case.losses)}", f"  batch_size = {rows}"]
+    lines += ["stage main for 1 epochs {", f"  minimize {objective}", f"  batch_size = {rows}"]
     lines += [f"  accumulate = {case.accumulate}", f"  max_length = {case.length}", "}"]
-    lines += ["runtime {", f"  {case.runtime}", "}"] if case.runtime else []
+    folder_of = '    cache = "kept"\n' if case.placement == "cached" else ""
+    placed = "" if case.placement == "resident" else f"teacher t {{\n    placement = {case.placement}\n{folder_of}  }}"
+    lines += ["runtime {", f"  {case.runtime}", f"  {placed}", "}"] if case.runtime or placed else []
     path = folder / "spec.gkd"
     path.write_text("\n".join(lines) + "\n")
     return path
@@ -143,22 +167,64 @@ def measure(case: Case, folder: Path, device: str, quick: bool) -> dict[str, Any
     kind = "cuda" if device == "cuda" else "cpu"
     planned = estimate_stage(stage, Machine(1, 2**40, 2**40, kind=kind), Setup.of(plan))  # type: ignore[arg-type]
     backend = LocalBackend(Settings.of((*plan.runtime, ("device", device))))
-    models = {node.name: backend.place(load(node.info, seed=1)) for node in stage.models}
-    step = StepModule(stage, models, make_projections(stage.projections))
+    models = {node.name: load(node.info, seed=1) for node in stage.models}
+    for name, model in models.items():
+        if name != "t" or case.placement == "resident":
+            backend.place(model)
+    run, teachers = placed(stage, case.placement, models, backend)
+    step = StepModule(run, models, make_projections(stage.projections), teachers)
     backend.begin(step, stage.stage.optim)
     words = next(node.info.size("V") or 8 for node in stage.models)
     made = batches(stage, words)
     backend.step(made, Clock(0, 4, 4.0), 1e-4)
     found = peak(backend, made)
     backend.end()
+    # On the CPU the host's memory is the device's.
+    total = planned.device_bytes + (planned.host_bytes if device == "cpu" else 0)
     return {
         "case": case.name,
-        "planned": planned.device_bytes,
+        "planned": total,
         "measured": found,
-        "ratio": planned.device_bytes / found,
+        "ratio": total / found,
         "parts": dict(planned.device),
         "moment": planned.moment,
     }
+
+
+def placed(
+    stage: StagePlan, where: str, models: dict[str, PreTrainedModel], backend: LocalBackend
+) -> tuple[StagePlan, TeacherSource]:
+    """The plan that is run, and where the teacher's taps come from; `t` alone is placed."""
+    trained = {target.name for target in stage.stage.trains}
+    fixed = [node for node in stage.models if node.name not in trained]
+    if where == "resident":
+        return stage, LiveTeachers(fixed, models)
+    teacher = next(node for node in fixed if node.name == "t")
+    if where == "offload":
+        return stage, StreamedTeachers(teacher, models["t"], backend.device, in_host_memory)
+    layout = layout_of(stage, "t", Placement("cached"))
+    live = LiveTeachers([teacher], {"t": models.pop("t")})
+    found = sparse_keys(stage, "t", None)
+    run = sparse(stage, dict.fromkeys(found, layout.top_k)) if layout.top_k is not None else stage
+    return run, Stored(live, layout, stage)
+
+
+class Stored:
+    """A teacher of which only stored outputs are left after the first step, as `gkd cache` would have them."""
+
+    def __init__(self, live: LiveTeachers, layout: Layout, stage: StagePlan) -> None:
+        self.live: LiveTeachers | None = live
+        self.layout, self.stage, self.parts = layout, stage, {}
+
+    def taps(self, forward: ForwardPlan, inputs: Any, env: Any, changes: Any) -> dict[str, torch.Tensor]:
+        """The taps of a forward, from what is stored."""
+        if self.live is not None:
+            plain = next(found for found in self.stage.forwards if found.model == "t")
+            with torch.no_grad():
+                values = self.live.taps(plain, inputs, {}, changes)
+            self.parts = self.layout.encode({tap.path: values[tap.key] for tap in plain.taps}, inputs["attention_mask"])
+            self.live = None
+        return self.layout.decode(self.parts, forward, inputs["attention_mask"].device)
 
 
 def peak(backend: LocalBackend, made: Sequence[dict[str, torch.Tensor]]) -> int:

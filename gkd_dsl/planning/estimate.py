@@ -7,7 +7,9 @@ from dataclasses import asdict, dataclass, replace
 
 from gkd_dsl.graph.nodes import ModelNode
 from gkd_dsl.graph.passes.fuse import fuse
+from gkd_dsl.graph.passes.sparse import TopK, sparse
 from gkd_dsl.graph.plan import HeadPlan, SpecPlan, StagePlan
+from gkd_dsl.graph.stored import refusals, sparse_keys, student_task, temperatures
 from gkd_dsl.planning import parameters
 from gkd_dsl.planning.blocks import Shape
 from gkd_dsl.planning.layout import STREAMED, Placed, Setup, Trained, frozen, trained
@@ -157,7 +159,16 @@ def length_of(stage: StagePlan) -> int:
 
 
 def _fused(stage: StagePlan, models: Mapping[str, Model], setup: Setup) -> StagePlan:
-    """The plan that is run: losses over the heads of models in memory are fused, unless that is turned off."""
+    """The plan that is run: of cached models the largest logits, and losses fused with the heads that are in memory."""
+    keys: dict[str, TopK] = {}
+    for name, model in models.items():
+        top_k = dict(setup.top_k).get(name)
+        if model.placed.where == "cached" and not any(
+            refusals([stage], name, tasks=[student_task(stage)], top_k=top_k)
+        ):
+            found = sparse_keys(stage, name, top_k)
+            keys |= {key: TopK(count, temperatures(stage, name)) for key, count in found.items()}
+    stage = sparse(stage, keys)
     if not setup.fuse:
         return stage
 

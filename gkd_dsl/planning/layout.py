@@ -21,7 +21,8 @@ FULL = 4
 @dataclass(frozen=True)
 class Setup:
     """How a spec is run. `split` divides each micro-batch further, `merge` takes several as one; the fractions
-    are Gemini's.
+    are Gemini's. `top_k` is
+    how many logits of a row a cached model has, where that is said.
 
     `placement` holds the models that are placed otherwise than the backend has it by itself.
     """
@@ -36,6 +37,7 @@ class Setup:
     offload_param_frac: float = 0.0
     split: int = 1
     merge: int = 1
+    top_k: tuple[tuple[str, int], ...] = ()
 
     @classmethod
     def of(cls, plan: SpecPlan) -> Setup:
@@ -54,6 +56,7 @@ class Setup:
             float(given.get("shard_param_frac", 1.0)),
             float(given.get("offload_optim_frac", 0.0)),
             float(given.get("offload_param_frac", 0.0)),
+            top_k=tuple((n.removesuffix(".top_k"), int(v)) for n, v in given.items() if n.endswith(".top_k")),
         )
 
     def placed(self, model: str) -> str:

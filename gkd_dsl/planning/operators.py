@@ -54,6 +54,12 @@ WORK = 6
 """Copies of such rows that are alive at once."""
 
 
+OVER_TOP_K = Held(7.0, 2.0, 3.0)
+"""A divergence from a teacher's k largest logits: the student's rows, their log-softmax, and that of the others."""
+
+
 def held(op: str) -> Held:
     """What an operator holds."""
+    if op.startswith("topk."):
+        return OVER_TOP_K
     return HELD.get(op, OTHER)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from gkd_dsl.graph.plan import SpecPlan
@@ -131,7 +131,13 @@ def block(plan: SpecPlan, before: Setup, after: Setup) -> str:
     lines.append("runtime {")
     lines += [f"  {line}" for line in _settings(plan, after)]
     roles = {node.name: node.role for stage in plan.stages for node in stage.models}
-    lines += [f"  {roles.get(name, 'model')} {name} {{ placement = {where} }}" for name, where in after.placement]
+    for name, where in after.placement:
+        role = roles.get(name, "model")
+        if where != "cached":
+            lines.append(f"  {role} {name} {{ placement = {where} }}")
+            continue
+        folder = dict(plan.runtime).get(f"{name}.cache", f"outputs/{name}")
+        lines += [f"  {role} {name} {{", "    placement = cached", f'    cache = "{folder}"', "  }"]
     return "\n".join([*lines, "}"])
 
 
@@ -152,7 +158,7 @@ def _settings(plan: SpecPlan, setup: Setup) -> Iterator[str]:
             yield f"{name} = {getattr(setup, name)}"
 
 
-def _stage(stage: StageEstimate, roles: dict[str, str], machine: Machine) -> Iterator[str]:
+def _stage(stage: StageEstimate, roles: Mapping[str, str], machine: Machine) -> Iterator[str]:
     texts = f"{stage.rows} text{'s' if stage.rows > 1 else ''} of {stage.length:,} tokens"
     micro = f"{stage.micro} micro-batches" if stage.micro > 1 else "one micro-batch"
     yield f"stage {stage.name}: {texts} at once on a device, {micro} in a step"
@@ -183,7 +189,7 @@ def _stage(stage: StageEstimate, roles: dict[str, str], machine: Machine) -> Ite
         yield f"    from the disk {in_seconds(work.disk_seconds(machine))}: {moved}"
 
 
-def _row(model: Placed, roles: dict[str, str]) -> tuple[str, ...]:
+def _row(model: Placed, roles: Mapping[str, str]) -> tuple[str, ...]:
     return (
         f"{model.name} ({roles.get(model.name, 'model')})",
         ("" if model.exact else "~") + in_count(model.count),

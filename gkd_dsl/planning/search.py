@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from gkd_dsl.graph.plan import SpecPlan
+from gkd_dsl.graph.stored import refusals, student_task
 from gkd_dsl.meaning.settings import PLACEMENT
 from gkd_dsl.planning.estimate import StageEstimate, estimate, least_bytes, seconds_of
 from gkd_dsl.planning.layout import Setup
@@ -83,9 +84,8 @@ def _options(plan: SpecPlan, machine: Machine, current: Setup) -> Iterator[Setup
 
 
 def _with_cache(plan: SpecPlan, machine: Machine, current: Setup) -> Iterator[Setup]:
-    if any(forward.changes for stage in plan.stages for forward in stage.forwards):
-        return
-    names = frozen_models(plan)
+    tasks = [student_task(stage) for stage in plan.stages]
+    names = [name for name in frozen_models(plan) if not any(refusals(plan.stages, name, tasks=tasks))]
     for setup in _backends(plan, machine, current):
         for count in range(1, len(names) + 1):
             yield from _smaller(plan, machine, setup.placing(names[:count], "cached"))
@@ -115,7 +115,7 @@ def _splits(plan: SpecPlan, machine: Machine, setup: Setup) -> Sequence[int]:
 
 def _merges(plan: SpecPlan) -> Sequence[int]:
     """The powers of two by which every stage can have fewer and larger micro-batches: what is streamed, less often."""
-    found = []
+    found: list[int] = []
     while all(stage.stage.accumulate % (2 ** (len(found) + 1)) == 0 for stage in plan.stages):
         found.append(2 ** (len(found) + 1))
     return found

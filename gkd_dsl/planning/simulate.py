@@ -14,6 +14,9 @@ from gkd_dsl.planning.blocks import FULL, Shape
 from gkd_dsl.planning.layout import Placed, Setup, Trained
 from gkd_dsl.planning.ledger import Ledger
 
+_EARLY = ("attn.q", "attn.k", "attn.v", "attn.scores", "attn.probs")
+"""Taps at which a block has only made its query, key and value."""
+
 _ALIASED = ("hidden", "final", "layer", "embed", "module")
 
 
@@ -27,13 +30,18 @@ class Model:
 
 
 def depth(forward: ForwardPlan, node: ModelNode) -> int:
-    """How many blocks a forward runs."""
+    """How many whole blocks a forward runs."""
     blocks_ = node.info.size("N") or 0
     stop = forward.stop_after
     if stop is None or stop.kind not in ("embed", "hidden", "layer"):
         return blocks_
     index = stop.index or 0
-    return min(blocks_, index + 1 if stop.kind == "layer" else index)
+    return min(blocks_, index + 1 if stop.kind == "layer" and stop.part not in _EARLY else index)
+
+
+def started(forward: ForwardPlan) -> bool:
+    """Whether a forward ends inside a block, before its attention is done."""
+    return forward.stop_after is not None and forward.stop_after.part in _EARLY
 
 
 class Micro:
@@ -48,6 +56,9 @@ class Micro:
         self._sizes: dict[str, int] = {}
         self._graded: set[str] = set()
         self._saved: list[Apply | Fused | ForwardPlan] = []
+        self._origin: dict[str, frozenset[str]] = {}
+        gradients = [step.key for step in stage.program if isinstance(step, Apply) and step.op == "gradient"]
+        self._last_gradient = gradients[-1] if gradients else None
 
     def forward(self) -> None:
         """All instructions."""
@@ -89,6 +100,7 @@ class Micro:
         outside = [tap for tap in new if tap.path.kind == "logits"]
         if graded:
             self._graded |= {tap.key for tap in forward.taps if tap.path.kind != "weight"}
+            self._origin |= {tap.key: frozenset({forward.key}) for tap in forward.taps}
             self._saved.append(forward)
             self.ledger.add("activations", self._kept(forward))
         if model.placed.where != "cached":
@@ -127,7 +139,8 @@ class Micro:
         ran, scored = depth(forward, model.node), _scored(forward)
         first = max(0, model.trained.first - 1)
         layers = range(first, ran)
-        total = blocks.edge(info, shape) if ran == (info.size("N") or 0) or first == 0 else 0
+        begun = 4 * (info.size("H") or 1) * shape.tokens * FULL if started(forward) else 0
+        total = begun + blocks.edge(info, shape) if ran == (info.size("N") or 0) or first == 0 else begun
         if self.setup.checkpoint and model.trained.count:
             stream = (info.size("H") or 1) * shape.tokens * FULL
             return total + len(layers) * stream + sum(blocks.scores_bytes(info, shape) for i in layers if i in scored)
@@ -138,8 +151,11 @@ class Micro:
 
     def _apply(self, step: Apply) -> None:
         self._sizes[step.key] = size(step.type, self.shape.rows, self.shape.length)
-        inputs = [key for slot, key in step.inputs if key in self._sizes]
-        largest = max((self._sizes[key] for key in inputs), default=0) * FULL
+        inputs = [key for _, key in step.inputs if key in self._sizes]
+        largest = self._largest(step)
+        if step.op == "gradient":
+            self._gradient(step)
+            return
         graded = step.op == "project" or (step.op != "detach" and any(key in self._graded for key in inputs))
         if step.op == "detach":
             # One tensor under two names; it stays until the last of them goes.
@@ -153,8 +169,31 @@ class Micro:
         self.ledger.add("losses", count)
         if graded:
             self._graded.add(step.key)
+            self._origin[step.key] = frozenset().union(*(self._origin.get(key, frozenset()) for key in inputs))
             self._saved.append(step)
             self.ledger.add("losses", held.for_backward * largest)
+
+    def _gradient(self, step: Apply) -> None:
+        """A gradient taken inside the step; after the last one, forwards that are for gradients alone are let go."""
+        count = self._sizes[step.key] * FULL
+        self._alive[step.key] = ("losses", count)
+        self.ledger.add("losses", count)
+        self.ledger.mark("a gradient inside the step", losses=2 * count)
+        if step.key != self._last_gradient:
+            return
+        for entry in list(self._saved):
+            if isinstance(entry, ForwardPlan) and entry.discard:
+                self.ledger.add("activations", -self._kept(entry))
+                self._saved.remove(entry)
+            elif isinstance(entry, Apply):
+                origins = self._origin[entry.key]
+                if origins and all(self._forwards[key].discard for key in origins):
+                    self.ledger.add("losses", -operators.held(entry.op).for_backward * self._largest(entry))
+                    self._saved.remove(entry)
+
+    def _largest(self, step: Apply) -> int:
+        """Bytes of the largest input of an operator, in fp32."""
+        return FULL * max((self._sizes[key] for _, key in step.inputs if key in self._sizes), default=0)
 
     def _fuse(self, step: Fused) -> None:
         """The gradients of the head's weight and of its input are made in the forward, tile by tile."""
@@ -182,7 +221,7 @@ class Micro:
 
     def _apply_backward(self, step: Apply, waiting: dict[str, int]) -> None:
         inputs = [key for _, key in step.inputs if key in self._sizes]
-        largest = max((self._sizes[key] for key in inputs), default=0) * FULL
+        largest = self._largest(step)
         held = operators.held(step.op)
         self.ledger.mark(f"the backward of {step.op}", losses=held.in_backward * largest)
         self.ledger.add("losses", -held.for_backward * largest)
