@@ -51,6 +51,12 @@ def check(ctx: Context, scope: Scope, block: ast.Runtime) -> None:
             fix=replace(stmt.value.span, "auto"),
         )  # fmt: skip
     for stage in nodes(ctx.builder.graph, StageNode):
+        if policy == "auto" and stage.evaluate:
+            ctx.error(
+                scope, _CODE, f"stage `{stage.name}` evaluates before its first step", written["placement_policy"].span,
+                "with this, Gemini runs nothing before its first whole step",
+                fix=replace(written["placement_policy"].value.span, "static"),
+            )  # fmt: skip
         if stage.optim.name != "adamw":
             ctx.error(
                 scope, _CODE, f"Gemini has AdamW alone, and stage `{stage.name}` has {stage.optim.name}", backend.span,
