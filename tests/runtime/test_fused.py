@@ -137,12 +137,12 @@ def test_a_batch_in_which_nothing_counts_gives_0(tmp_path):
     assert all(p.grad is None or p.grad.abs().max() == 0.0 for _, p in step.trainable())
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_backend_trains_the_same_weights(precision, tmp_path):
-    after = []
+@pytest.mark.parametrize(("precision", "recompute"), [("fp32", False), ("fp32", True), ("bf16", False)])
+def test_a_backend_trains_the_same_weights(precision, recompute, tmp_path):
+    after, settings = [], Settings(precision=precision, checkpoint=recompute)
     for how in ("auto", "off"):
         (plan,) = spec_of(tmp_path, "llama", runtime=f"runtime {{ fuse_logits = {how} }}").plan().stages
-        step, backend = StepModule(plan, models_of(plan, torch.float32)), LocalBackend(Settings(precision=precision))
+        step, backend = StepModule(plan, models_of(plan, torch.float32)), LocalBackend(settings)
         backend.begin(step, OptimSpec("sgd", lr=0.1))
         assert any(isinstance(i, Fused) for i in step._fused_program.instructions) == (how == "auto")
         losses = [backend.step([batch_of(seed=n), batch_of(3, 5, n + 9)], Clock(n, 4, 4.0), 0.1) for n in range(3)]
