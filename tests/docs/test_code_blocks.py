@@ -24,7 +24,8 @@ PARTS = [block for block in SPECS if block not in WHOLE]
 PYTHON = blocks("python")
 SHELL = blocks("bash")
 COMMAND_LINES = [(block, line) for block in SHELL for line in block.text.splitlines() if line.strip()]
-OTHER_COMMANDS = ("cd", "git", "python3", "tensorboard", ".venv/bin/pip", ".venv/bin/python", "source", "tar", "export")
+OTHER_COMMANDS = ("cd", "git", "python3", "tensorboard", ".venv/bin/pip", ".venv/bin/python", "source", "tar", "export",
+                  "torchrun")  # fmt: skip
 
 
 def test_there_are_blocks_of_each_kind() -> None:
@@ -76,7 +77,9 @@ AROUND = {
 
 @pytest.mark.parametrize("block", PARTS, ids=str)
 def test_a_part_of_a_spec_checks_among_usual_declarations(block: Block, docs_root: Path) -> None:
-    named = set(re.findall(r"^\s*(?:teacher|student|model|data|project|loss|metric) (\w+)\b(?!\s*\{)", block.text, re.M))
+    named = set(
+        re.findall(r"^\s*(?:teacher|student|model|data|project|loss|metric) (\w+)\b(?!\s*\{)", block.text, re.M)
+    )
     faults = []
     for student in STUDENTS:
         lines = [text.replace("{student}", student) for name, text in AROUND.items() if name not in named]
