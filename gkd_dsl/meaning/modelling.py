@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 
 from gkd_dsl.graph.nodes import ModelNode
-from gkd_dsl.meaning import vocabulary
+from gkd_dsl.meaning import adapters, vocabulary
 from gkd_dsl.meaning.context import Context, replace, suggest
 from gkd_dsl.meaning.scope import Scope
 from gkd_dsl.meaning.values import UNKNOWN, Items, Model, Num, Numbers, Text, Unknown, Value, kind, plain
@@ -46,6 +46,9 @@ def _block(ctx: Context, scope: Scope, decl: ast.ModelDecl, info: ModelInfo | No
             continue  # The parser said so.
         if stmt.name.text == "vocabulary":
             info = vocabulary.keeping(ctx, scope, info, stmt.value) if info is not None else None
+            continue
+        if stmt.name.text == "adapter" and adapters.is_peft(stmt.value):
+            info = adapters.merged(ctx, scope, info, stmt.value) if info is not None else None
             continue
         if stmt.name.text in _LATER:
             if isinstance(stmt.value, ast.Call):

@@ -43,7 +43,7 @@ RUNTIME: Mapping[str, SettingRule] = {
     "precision": SettingRule("word", "precision of the forwards", ("fp32", "bf16")),
     "device": SettingRule("word", "the device", ("auto", "cpu", "cuda")),
     "checkpoint": SettingRule("bool", "gradient checkpointing: recompute activations in the backward"),
-    "fuse_logits": SettingRule("word", "losses over a language model's logits run with its head", ("auto", "on", "off")),
+    "fuse_logits": SettingRule("word", "losses over language-model logits run with the head", ("auto", "on", "off")),
 }
 
 GEMINI: Mapping[str, SettingRule] = {

@@ -48,7 +48,8 @@ class Build:
     `kind`: `hf` loads the weights at `path`; `truncated` copies `base` (another model of the spec)
     with only the blocks of `layers`; `headed` copies its body and puts a new head on; `random` makes it from the
     config with random weights. `overrides` are config fields that differ from the file's. `origin` is what is known
-    of `base`. With `kept` the model made so is then cut to a part of its vocabulary.
+    of `base`. With `kept` the model made so is then cut to a part of its vocabulary. `adapter` is the folder of a PEFT
+    adapter that is merged into the weights.
     """
 
     kind: Literal["hf", "truncated", "headed", "random"]
@@ -58,6 +59,7 @@ class Build:
     overrides: tuple[tuple[str, Any], ...] = ()
     origin: ModelInfo | None = None
     kept: Kept | None = None
+    adapter: str | None = None
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from gkd_dsl.models.errors import ModelError
 from gkd_dsl.models.families import FAMILIES
 from gkd_dsl.models.info import ModelInfo, Task
 from gkd_dsl.runtime.models import vocabulary
+from gkd_dsl.runtime.models.adapters import with_adapter
 
 log = logging.getLogger("gkd_dsl")
 
@@ -108,6 +109,8 @@ def load_with_report(
             raise ModelError(f"{info.location} is the model of a method: it has no weights")
         if info.build.kind == "hf":
             model, report = _from_weights(info, dtype or torch.float32)
+            if info.build.adapter is not None:
+                model = with_adapter(model, info.build.adapter, info.location)
         elif info.build.kind == "random":
             model = build(info)
             report = LoadReport(info.location, new=tuple(name for name, _ in model.named_parameters()), all_new=True)

@@ -65,7 +65,7 @@ def on_disk(info: ModelInfo, name: str) -> tuple[PreTrainedModel, dict[str, str]
     that start from random values, or saved under other names.
     """
     what = f"`{name}`"
-    if info.build.kind != "hf" or info.kept is not None or info.path is None:
+    if info.build.kind != "hf" or info.kept is not None or info.build.adapter is not None or info.path is None:
         raise RunError(CANNOT_RUN, f"{what} is made here, and has no files to be read from", _HINT)
     files = Mapped(Path(info.path), what)
     places = blocks_of(info, name)

@@ -66,7 +66,7 @@ def fill(
         raise RunError(CANNOT_RUN, "this spec has no teacher whose outputs can be stored", _reasons(plan))
     if top_k is not None:
         chosen = {name: replace(how, top_k=top_k) for name, how in chosen.items()}
-    run = Run(replace(plan, runtime=_resident(plan)), root=root)
+    run = Run(replace(plan, backend="local", runtime=_resident(plan)), root=root)
     found: list[Filled] = []
     with StopRequest() as stop:
         for stage in plan.stages:
@@ -145,5 +145,5 @@ def _reasons(plan: SpecPlan) -> str:
 
 
 def _resident(plan: SpecPlan) -> tuple:
-    """The runtime block without places: here the model is run."""
-    return tuple((name, value) for name, value in plan.runtime if "." not in name)
+    """Of the runtime block what the forwards hang on: here one process runs the model, whole."""
+    return tuple((name, value) for name, value in plan.runtime if name in ("precision", "device"))

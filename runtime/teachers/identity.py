@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,9 @@ def identity(
     info = node.info
     return {
         "model": info.location,
-        "model config": _digest({"config": info.config, "build": repr(info.build), "head": info.architecture}),
+        "model config": _digest(
+            {"config": info.config, "build": repr(replace(info.build, path=None)), "head": info.architecture}
+        ),
         "weights": _weights(info),
         "seed of new weights": seed if _new_weights(info) else "any",
         "tokenizer": tokenizer_digest(load_tokenizer(reader.info)),
@@ -92,7 +95,9 @@ def _weights(info: ModelInfo) -> dict[str, int] | None:
     """The weight files with their sizes; None where they are not there, as on a machine that has the cache alone."""
     if info.build.kind != "hf" or info.path is None:
         return None
-    found = {path.name: path.stat().st_size for pattern in _WEIGHTS for path in sorted(Path(info.path).glob(pattern))}
+    folders = [Path(info.path), *([Path(info.build.adapter)] if info.build.adapter is not None else [])]
+    files = [path for folder in folders for pattern in _WEIGHTS for path in sorted(folder.glob(pattern))]
+    found = {path.name: path.stat().st_size for path in files}
     return found or None
 
 

@@ -64,4 +64,6 @@ def build(root: Path) -> Path:
         (folder / "config.json").write_text(json.dumps(config))
     for name, text in TABLES.items():
         (root / name).write_text(text)
+    (root / "adapter").mkdir()
+    (root / "adapter" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 8}))
     return root
