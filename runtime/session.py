@@ -132,7 +132,8 @@ def finish(
     teacher = there[0] if there else None
     # Of several students it is the one of the last stage that the held-out rows are for.
     names.sort(key=lambda name: all(node.name != name for node in last.models))
-    held_out = _some(loader) if measure and teacher is not None and names else []
+    # Where a teacher is what was trained there is nothing beside it.
+    held_out = _some(loader) if measure and teacher is not None and names and names[0] != teacher else []
     if teacher is not None and held_out:
         comparison = compare(
             {teacher: result.models[teacher], names[0]: result.models[names[0]]},

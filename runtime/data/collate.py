@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from gkd_dsl.runtime.data.errors import DataError
+
 IGNORED = -100
 
 
@@ -44,6 +46,11 @@ def masking_for(tokenizer: PreTrainedTokenizerBase, probability: float, seed: in
     """Masking with the mask token of a tokenizer; random tokens are drawn among those that are not special."""
     special = frozenset(int(token) for token in tokenizer.all_special_ids)
     ordinary = np.array([token for token in range(len(tokenizer)) if token not in special], dtype=np.int64)
+    if not len(ordinary):
+        raise DataError(
+            f"all {len(tokenizer)} tokens of the tokenizer are special, and none is left to mask",
+            hint="a tokenizer's special tokens are those it adds itself, such as [CLS] and [MASK]",
+        )
     return Masking(probability, int(tokenizer.mask_token_id), special, ordinary, seed)
 
 

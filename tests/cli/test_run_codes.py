@@ -53,3 +53,16 @@ def test_a_run_folder_that_is_taken(folder: Path) -> None:
 @pytest.mark.parametrize("words", [("eval", "nothing"), ("export", "nothing", "--to", "x")])
 def test_a_run_that_is_not_there(folder: Path, words: tuple[str, ...]) -> None:
     assert "error[E0807]: nothing is not a run folder" in said(*words)
+
+
+def test_a_teacher_alone_is_trained_with_nothing_beside_it(folder: Path) -> None:
+    alone = SPEC.replace("student s = truncated(t, layers = [0])\n", "").replace(
+        "kl(s.logits <- t.logits)", "cross_entropy(t.logits, batch.labels)"
+    )
+    text = alone.replace("  minimize soft", "  minimize soft\n  train t").replace("1 epoch", "1 step")
+    (folder / "alone.gkd").write_text(text)
+    words = ("run", "alone.gkd", "--offline", "--set", "rows=rows.csv", "--out", "here")
+    result = CliRunner().invoke(application(), list(words))
+    assert result.exit_code == 0, result.output
+    assert (folder / "here" / "export" / "model.safetensors").is_file()
+    assert not (folder / "here" / "comparison.json").exists()

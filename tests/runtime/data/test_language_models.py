@@ -6,6 +6,7 @@ import torch
 from loader_help import WORDS, loader_for, word_tokenizer
 
 from gkd_dsl.runtime.data.collate import masking_for
+from gkd_dsl.runtime.data.errors import DataError
 
 SPECIAL = {0, 1, 2, 3, 4}
 
@@ -175,3 +176,15 @@ def test_labels_give_the_loss_that_transformers_gives(tmp_path):
     wanted = [(0, 2, 6), (0, 3, 7), (0, 4, 2), (1, 1, 9), (1, 2, 2)]
     by_hand = -sum(scores[row, place, token] for row, place, token in wanted) / len(wanted)
     torch.testing.assert_close(out.loss, by_hand)
+
+
+def test_a_tokenizer_of_special_tokens_alone_leaves_nothing_to_mask():
+    class Special:
+        all_special_ids = (0, 1, 2)
+        mask_token_id = 2
+
+        def __len__(self):
+            return 3
+
+    with pytest.raises(DataError, match="all 3 tokens of the tokenizer are special"):
+        masking_for(Special(), 0.15, 0)
