@@ -55,9 +55,11 @@ class Processes:
             return
         transport = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         # A process that is alone needs no address.
-        more = {"store": dist.HashStore()} if self.count == 1 else {}
+        store = dist.HashStore() if self.count == 1 else None
         with collective():
-            dist.init_process_group(transport, rank=self.rank, world_size=self.count, timeout=_PATIENCE, **more)
+            dist.init_process_group(
+                transport, rank=self.rank, world_size=self.count, timeout=_PATIENCE, store=store
+            )
 
     def any(self, flag: bool) -> bool:
         """Whether any process says so."""
