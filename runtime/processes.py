@@ -57,9 +57,7 @@ class Processes:
         # A process that is alone needs no address.
         store = dist.HashStore() if self.count == 1 else None
         with collective():
-            dist.init_process_group(
-                transport, rank=self.rank, world_size=self.count, timeout=_PATIENCE, store=store
-            )
+            dist.init_process_group(transport, rank=self.rank, world_size=self.count, timeout=_PATIENCE, store=store)
 
     def any(self, flag: bool) -> bool:
         """Whether any process says so."""
