@@ -79,7 +79,10 @@ def test_tensorboard_has_every_number_of_the_log(done):
             "weighted/inside": lambda data: data["terms"]["inside"] * data["weights"]["inside"],
         }.items():
             assert [step for step, _ in found[tag]] == [data["step"] for data in steps]
-            assert [value for _, value in found[tag]] == pytest.approx([number(d) for d in steps], rel=1e-4)
+            # The log rounds tokens per second to a tenth.
+            assert [value for _, value in found[tag]] == pytest.approx(
+                [number(d) for d in steps], rel=1e-4, abs=0.06 if tag == "tokens_per_second" else 0.0
+            )
     assert [step for step, _ in scalars(done.tensorboard / "first")["metric/acc"]] == [0, 2, 4, 6]
 
 
