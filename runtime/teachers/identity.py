@@ -21,8 +21,8 @@ from gkd_dsl.runtime.teachers.parts import Layout
 from gkd_dsl.runtime.teachers.store import MANIFEST
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
-_RELATIVE = ("llama", "mistral", "qwen2", "qwen3")
-"""The families whose outputs do not hang on how much padding stands before a text."""
+_RELATIVE = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
+"""The families whose outputs do not hang on how much padding stands before a text; GPT-2 is told the positions."""
 
 
 def identity(

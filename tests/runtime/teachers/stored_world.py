@@ -22,7 +22,7 @@ WORDS = [f"w{number}" for number in range(40)]
 V = len(WORDS) + 5
 
 
-def tokenizer(words=WORDS):
+def tokenizer(words=WORDS, side="right"):
     special = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]"]
     vocabulary = {token: place for place, token in enumerate([*special, *words])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
@@ -31,7 +31,7 @@ def tokenizer(words=WORDS):
     backend.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]", unk_token="[UNK]",
-        mask_token="[MASK]", eos_token="[SEP]", model_max_length=32,
+        mask_token="[MASK]", eos_token="[SEP]", model_max_length=32, padding_side=side,
     )  # fmt: skip
 
 
