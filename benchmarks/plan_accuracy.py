@@ -81,6 +81,10 @@ CASES = (
     Case("Llama, next token", "llama", SOFT, 4, task="causal_lm", runtime=NAIVE),
     Case("Llama, generalized JSD", "llama", {"soft": "jsd(s.logits <- t.logits)"}, 4, task="causal_lm", runtime=NAIVE),
     Case("Llama, next token, bf16", "llama", SOFT, 4, runtime=f"{NAIVE}\n  precision = bf16", task="causal_lm"),
+    Case("RoBERTa, masked tokens, fused", "roberta", SOFT, task="masked_lm"),
+    Case("MobileBERT, logits", "mobilebert", SOFT),
+    Case("Qwen3, logits", "qwen3", SOFT),
+    Case("GPT-2, logits, bf16", "gpt2", SOFT, runtime="precision = bf16"),
     Case("MiniLMv2", "bert", {}, method="minilmv2"),
     Case("MGSKD", "bert", {}, method="mgskd"),
     Case("CKD", "bert", {}, method="ckd"),
@@ -107,9 +111,12 @@ def config(family: str, layers: int, width: int, quick: bool) -> dict[str, Any]:
         sizes = {"n_embd": width, "n_layer": layers, "n_head": heads}
     else:
         sizes = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
-        sizes |= {"intermediate_size": (3 if family == "llama" else 4) * width}
-        if family == "llama":
-            sizes |= {"num_key_value_heads": heads // 2}
+        decoder = family in ("llama", "mistral", "qwen2", "qwen3")
+        sizes |= {"intermediate_size": (3 if decoder else 4) * width}
+        if decoder:
+            sizes |= {"num_key_value_heads": heads // 2, "head_dim": width // heads}
+        if family == "mobilebert":
+            sizes |= {"embedding_size": 64, "intra_bottleneck_size": 16 * heads, "intermediate_size": width}
     return {"model_type": family, "vocab_size": words, "pad_token_id": 0, **sizes}
 
 

@@ -140,10 +140,11 @@ def _features(info: ModelInfo, shape: Shape) -> int:
         return FULL * (6 * size.H + 4 * size.attention + 4 * size.F + extra)
     wide = {"gelu_new": 5, "relu": 1}.get(_activation(info), 2)
     if shape.half:
-        # What is raised to a power is fp32 under autocast.
-        wide_bytes = 16 if wide == 5 else 2 * wide
+        # Under autocast what is raised to a power is fp32 on a GPU, and attention with dropout is fp32 on the CPU.
+        wide_bytes = 16 if wide == 5 and not shape.cpu else 2 * wide
+        asked = 3 * (FULL if shape.cpu and attention_dropout(info) else 2)
         inputs = 3 if info.family == "gpt2" else 5
-        return 2 * size.H * FULL + 2 * (inputs + 3) * size.H + wide_bytes * size.F + dropped
+        return (2 * FULL + 2 * inputs + asked) * size.H + wide_bytes * size.F + dropped
     return FULL * (8 * size.H + wide * size.F) + dropped
 
 

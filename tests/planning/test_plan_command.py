@@ -101,6 +101,24 @@ def test_the_block_is_what_the_proposal_says(tmp_path):
     assert all(s.fits(machine) for s in estimate(again, machine))
 
 
+@pytest.mark.parametrize(
+    "setup",
+    [
+        Setup(),
+        Setup(half=True, checkpoint=True, fuse=False),
+        Setup("ddp", placement=(("t", "offload"),)),
+        Setup(placement=(("t", "disk"),)),
+        Setup(half=True, placement=(("t", "cached"),)),
+        Setup("gemini", half=True, offload_optim_frac=0.25, offload_param_frac=0.5),
+    ],
+)
+def test_a_block_checks_and_says_the_setup(setup, tmp_path):
+    (tmp_path / "outputs" / "t").mkdir(parents=True)
+    plan = plan_of(path=write(tmp_path, ""))
+    again = plan_of(path=write(tmp_path, block(plan, Setup.of(plan), setup)))
+    assert Setup.of(again) == setup
+
+
 def write(folder, runtime, batch_size="16", accumulate="2"):
     config = {
         "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 500, "hidden_size": 64,
