@@ -89,7 +89,7 @@ class FillingTeachers:
         paths = self.layout.taps
         taps = tuple(TapPlan(path.key, path, type) for path, type in paths.items())
         whole = replace(forward, taps=taps, stop_after=last_needed(paths), shift=0)
-        values = self.inner.taps(whole, inputs, {}, {})
+        values = self.inner.taps(whole, inputs, {}, Edits({}, {}))
         mask = inputs["attention_mask"]
         if not self.store.shared:
             self.store.shared = {path.key: values[path.key].detach().cpu() for path in self.layout.shared()}

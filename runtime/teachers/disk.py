@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gkd_dsl.models.info import ModelInfo
@@ -75,6 +75,7 @@ def on_disk(info: ModelInfo, name: str) -> tuple[PreTrainedModel, dict[str, str]
     stem = places[0].rpartition(".")[0]
     first = model.get_submodule(places[0])
     blocks = whole.get_submodule(stem)
+    assert isinstance(blocks, nn.ModuleList)
     for block in blocks:
         for at, module in block.named_modules():
             for key in module._buffers:

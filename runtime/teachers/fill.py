@@ -92,9 +92,9 @@ def _one(
     if stored_identity(folder) is not None and not resume:
         raise RunError(CACHE, f"{folder} holds a stored teacher already", "go on with `--resume`, or delete the folder")
     loader = run.loader(plan)
+    assert isinstance(loader, Loader)
     node = next(node for node in plan.models if node.name == name)
     fields = identity(plan, node, student_of(plan), loader, layout, run.seed(name))
-    assert isinstance(loader, Loader)
     store = Store(folder, fields, fields["rows"] + fields["held_out rows"], shard_bytes=shard_bytes)
     missing = np.flatnonzero(~store.has(range(store.total)))
     filling = FillingTeachers(LiveTeachers([node], {name: run.model(name)}), store, layout)
