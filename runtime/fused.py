@@ -105,7 +105,7 @@ class FusedLosses:
         total, sums = fused_losses(_picked(hidden, rows), head, teachers, losses)
         share = current()
         if share is not None and share.idle:
-            total, sums = total * 0.0, [value * 0.0 for value in sums]
+            total, sums = total * 0.0, sums * 0.0
         part.totals.append(total)
         for term, value in zip(step.terms, sums, strict=True):
             part.sums[term.key] = value / max(1, part.denominators[term.key])

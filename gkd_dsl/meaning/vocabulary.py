@@ -56,8 +56,10 @@ def keeping(ctx: Context, scope: Scope, info: ModelInfo, expr: ast.Expr) -> Mode
                 notes=[f"its arguments: {', '.join(ARGUMENTS)}"],
             )  # fmt: skip
             return None
-        word = isinstance(arg.value, ast.Name) and name == "similarity"
-        found[name] = Text(arg.value.id) if word else ctx.evaluate(scope, arg.value)  # type: ignore[attr-defined]
+        if isinstance(arg.value, ast.Name) and name == "similarity":
+            found[name] = Text(arg.value.id)
+        else:
+            found[name] = ctx.evaluate(scope, arg.value)
         if not _fits(name, found[name]):
             if not isinstance(found[name], Unknown):
                 ctx.error(scope, "E0404", f"`{name}` does not take {kind(found[name])}", arg.value.span, _WANTED[name])

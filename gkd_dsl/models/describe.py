@@ -427,9 +427,9 @@ def _sizes(
 
 def _field(config: Mapping[str, Any], family: Family | None, size: str) -> tuple[str, Any] | None:
     if family is None:
-        for name in _USUAL.get(size, ()):
-            if isinstance(config.get(name), int) and not isinstance(config.get(name), bool):
-                return name, config[name]
+        for usual in _USUAL.get(size, ()):
+            if isinstance(config.get(usual), int) and not isinstance(config.get(usual), bool):
+                return usual, config[usual]
         return None
     name = family.fields.get(size)
     if name is None or (size == "I" and not _narrow(config, family)):

@@ -284,7 +284,7 @@ def _cut(info: ModelInfo, model: PreTrainedModel, models: Mapping[str, PreTraine
     like = model if kept.like is None else models.get(kept.like)
     if like is None:
         raise ModelError(f"{kept.like} says which ids are alike, and is not loaded")
-    embeddings = like.get_input_embeddings().weight
+    embeddings = like.get_input_embeddings().get_parameter("weight")
     if embeddings.shape[0] != kept.full:
         raise ModelError(f"{kept.like} has {embeddings.shape[0]} embeddings, and {info.location} {kept.full}")
     compact = vocabulary.cut(model, build(info), vocabulary.id_map(kept, load_tokenizer(info), embeddings, root))

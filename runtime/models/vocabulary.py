@@ -109,7 +109,7 @@ def cut(model: PreTrainedModel, compact: PreTrainedModel, found: IdMap) -> PreTr
 def attach(model: PreTrainedModel, found: IdMap) -> None:
     """Let the model take ids of the whole vocabulary: its embeddings look up the row that stands for each."""
     embeddings = model.get_input_embeddings()
-    device = embeddings.weight.device
+    device = model.device
     embeddings.register_buffer("id_map", found.rows.clone().to(device))
     embeddings.register_buffer("kept_ids", found.kept.clone().to(device))
     embeddings.register_forward_pre_hook(_look_up)
@@ -117,9 +117,8 @@ def attach(model: PreTrainedModel, found: IdMap) -> None:
 
 def attached(model: PreTrainedModel) -> IdMap | None:
     """The map of a model that keeps a part of its vocabulary."""
-    embeddings = model.get_input_embeddings()
-    rows = getattr(embeddings, "id_map", None)
-    return IdMap(embeddings.kept_ids, rows) if rows is not None else None
+    held = dict(model.get_input_embeddings().named_buffers(recurse=False))
+    return IdMap(held["kept_ids"], held["id_map"]) if "id_map" in held else None
 
 
 def expanded(model: PreTrainedModel) -> PreTrainedModel:
@@ -131,7 +130,7 @@ def expanded(model: PreTrainedModel) -> PreTrainedModel:
     if found is None:
         return model
     config = type(model.config).from_dict(model.config.to_dict() | {"vocab_size": len(found.rows)})
-    full = type(model)(config).to(model.device, model.dtype)
+    full = type(model)(config).to(device=model.device, dtype=model.dtype)  # type: ignore[call-arg]
     _fill(model, full, found.rows.to("cpu"))
     return full.eval()
 
@@ -158,4 +157,4 @@ def _fill(source: nn.Module, target: PreTrainedModel, rows: Tensor) -> None:
 
 
 def _look_up(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return (module.id_map[args[0]], *args[1:])
+    return (module.get_buffer("id_map")[args[0]], *args[1:])

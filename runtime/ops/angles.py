@@ -61,8 +61,8 @@ class _AngleErrors(torch.autograd.Function):
         ctx.error, ctx.budget = error, budget
         found = student.new_empty(len(vertex))
         for rows in _chunks(members, student.shape[-1] + teacher.shape[-1], budget):
-            edges = (_edges(x, vertex[rows], members[rows]) for x in (student, teacher))
-            found[rows] = _errors(*edges, counted[rows], error).to(found.dtype)
+            ours, theirs = (_edges(x, vertex[rows], members[rows]) for x in (student, teacher))
+            found[rows] = _errors(ours, theirs, counted[rows], error).to(found.dtype)
         return found
 
     @staticmethod
@@ -75,7 +75,7 @@ class _AngleErrors(torch.autograd.Function):
             edges = [_edges(x, vertex[rows], members[rows]) for x in points]
             sides = [edge.requires_grad_() for edge, need in zip(edges, needed, strict=True) if need]
             with torch.enable_grad():
-                values = _errors(*edges, counted[rows], ctx.error)
+                values = _errors(edges[0], edges[1], counted[rows], ctx.error)
             given = iter(torch.autograd.grad(values, sides, gradient[rows].to(values.dtype)))
             for total in found:
                 if total is not None:
@@ -196,12 +196,12 @@ def layer_angle(
     mask = mask_for(shape, names, valid, False, student.device)
     counted = torch.ones(shape, dtype=torch.bool, device=student.device) if mask is None else mask.expand(shape)
     rows = counted.flatten().nonzero().squeeze(-1)
-    sides = (x.flatten(0, -3)[rows].transpose(-1, -2).flatten(0, 1) for x in (student, teacher))
+    ours, theirs = (x.flatten(0, -3)[rows].transpose(-1, -2).flatten(0, 1) for x in (student, teacher))
     order = torch.arange(layers, device=student.device)
     places = torch.arange(len(rows), device=student.device).unsqueeze(-1) * layers
     vertex = (places + order).flatten()
     members = (places + order).unsqueeze(1).expand(-1, layers, -1).flatten(0, 1)
-    values, pairs = angle_errors(*sides, vertex, members, members != vertex.unsqueeze(-1), error)
+    values, pairs = angle_errors(ours, theirs, vertex, members, members != vertex.unsqueeze(-1), error)
     values = _mean(values, pairs).reshape(len(rows), layers).mean(-1)
     return values.new_zeros(counted.numel()).index_copy(0, rows, values).reshape(shape)
 
@@ -220,14 +220,14 @@ def sample_angle(
     batch = len(student)
     mask = mask_for((batch,), dims, valid, False, student.device)
     at = torch.ones(batch, dtype=torch.bool, device=student.device) if mask is None else mask.expand(batch)
-    sides = (
+    ours, theirs = (
         _as_points(x.unflatten(-1, (heads, -1)).transpose(0, 1), at.expand(heads, batch)) for x in (student, teacher)
     )
     order = torch.arange(heads * batch, device=student.device).reshape(heads, batch)
     members = order.unsqueeze(1).expand(-1, batch, -1).flatten(0, 1)
     others = at.unsqueeze(-1) & at & ~torch.eye(batch, dtype=torch.bool, device=student.device)
     counted = others.expand(heads, batch, batch).flatten(0, 1)
-    values, pairs = angle_errors(*sides, order.flatten(), members, counted, error)
+    values, pairs = angle_errors(ours, theirs, order.flatten(), members, counted, error)
     return _mean(values, pairs).reshape(heads, batch).mean(0)
 
 

@@ -261,5 +261,5 @@ def test_bf16_and_checkpointing_run_to_the_end():
 
 
 def test_gemini_says_what_is_missing():
-    with pytest.raises(RunError, match="`backend = gemini` needs (ColossalAI|a GPU)"):
+    with pytest.raises(RunError, match=r"`backend = gemini` needs (ColossalAI|a GPU)"):
         Run(replace(spec(stage_plan(("hard",))), backend="gemini"))
