@@ -131,10 +131,10 @@ class Step:
         self.models = models
         self.names, self.parameters = zip(*self.distiller.named_parameters(), strict=True)
 
-    def __call__(self, batch):
-        """The total and each term, all with their gradient."""
+    def __call__(self, batch, fused: bool = False):
+        """The total and each term, all with their gradient; where `fused` the terms have none."""
         module = self.distiller.module
-        out = module(batch, CLOCK, self.distiller.denominators([batch]))
+        out = module(batch, CLOCK, self.distiller.denominators([batch]), fused=fused)
         return out.loss, out.values
 
     def gradients(self, value: Tensor) -> tuple[Tensor | None, ...]:
@@ -203,6 +203,15 @@ def agree(step: Step, batch, oracle, weights: dict[str, float]) -> None:
     summed = sum(weight * expected[name] for name, weight in weights.items())
     close(total, summed, "total")
     same_gradients(step, total, summed, parameters, "total")
+    total, values = step(batch, fused=True)
+    close(total, summed, "total, fused")
+    for name, value in values.items():
+        close(value, expected[name], f"{name}, fused")
+    gradients = torch.autograd.grad(total, step.parameters, allow_unused=True)
+    for one, two in zip(gradients, step.gradients(step(batch)[0]), strict=True):
+        assert (one is None) == (two is None)
+        if one is not None and two is not None:
+            torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-10)
 
 
 def close(value: Tensor, expected: Tensor, what: str, rtol: float = 1e-8) -> None:

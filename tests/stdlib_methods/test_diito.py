@@ -22,7 +22,7 @@ def step(args=""):
 
 def run(found, batch, clock=CLOCK):
     module = found.distiller.module
-    return module(batch, clock, module.denominators([batch], clock))
+    return module(batch, clock, module.denominators([batch], clock), fused=False)
 
 
 def language_batch(lengths=(7, 4, 2), **options):

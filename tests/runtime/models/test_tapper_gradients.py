@@ -149,9 +149,6 @@ def test_attach_finds_the_mask_by_position(make, batch):
         output = tiny.model(inputs["input_ids"], inputs["attention_mask"])
     # The last token of each text: the first sees nothing of it.
     assert torch.equal(capture[cls], output.last_hidden_state[:, -1])
-    with torch.no_grad():
-        right = tiny.tapper.run(batch(), [cls])[cls]
-    assert torch.allclose(right, capture[cls], atol=1e-5)
 
 
 def test_reentrant_checkpointing_is_refused(make, batch):
