@@ -9,6 +9,7 @@ with the other half. Stages that train others (assistants, teachers together) ha
 
     python benchmarks/methods_table.py --data reviews.tsv                 the table
     python benchmarks/methods_table.py --data reviews.tsv --device cuda --jobs 8
+    python benchmarks/methods_table.py --only-timing                      what a step costs on this machine
     python benchmarks/methods_table.py --quick                            a smoke run on docstrings
 
 Without `--data`, sentences are docstrings of the standard library, and the label is which of two groups of packages
@@ -60,7 +61,7 @@ def main() -> int:
     print(f"data: {source}; {len(labels)} sentences held out", flush=True)
 
     work.start(settings, options.work)
-    tasks = missing(options, settings, names)
+    tasks = [] if options.only_timing else missing(options, settings, names)
     if tasks:
         estimate(settings, options, names, len(tasks))
     failed = train(options, settings, names, tasks)
@@ -73,6 +74,9 @@ def main() -> int:
         costs = cost.measure(
             settings, options.work, names, options.seeds[0], rounds=options.rounds, steps=options.timed_steps
         )
+    if options.only_timing:
+        report.write_timing(options, settings, source, names, costs)
+        return 1 if any("error" in row for row in costs.values()) else 0
     problems = report.problems(found, costs, labels, quick=options.quick)
     report.write(options, settings, source, len(labels), names, teachers, found, costs, problems)
     for problem in problems:
@@ -97,6 +101,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="rounds of the timing")
     parser.add_argument("--timed-steps", type=int, default=4, help="timed steps of a stage in a round")
     parser.add_argument("--no-timing", action="store_true", help="leave the columns of time and memory out")
+    parser.add_argument("--only-timing", action="store_true", help="time and memory of a step alone, no student")
     options = parser.parse_args()
     gpu = options.device == "cuda"
     options.seeds = options.seeds or ([0] if options.quick else [0, 1, 2])
@@ -116,7 +121,8 @@ def settings_of(options: argparse.Namespace, digest: str) -> Settings:
     return Settings(
         encoder=options.encoder,
         steps=options.steps,
-        teacher_steps=options.steps + 4 if options.quick else 2 * options.steps,
+        # What a step costs does not depend on what a teacher knows.
+        teacher_steps=4 if options.only_timing else options.steps + 4 if options.quick else 2 * options.steps,
         batch_size=options.batch,
         max_length=24 if options.quick else 48,
         lr=3e-4 if options.quick else 1e-4,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -79,6 +80,43 @@ def write(
     ], "rows": list(rows), "costs": dict(costs)}  # fmt: skip
     title = "All methods on real sentences"
     common.report("methods", options.out, title, shown, body, figures, quick=options.quick)
+
+
+def write_timing(
+    options: argparse.Namespace,
+    settings: Settings,
+    source: str,
+    names: Sequence[str],
+    costs: Mapping[str, Mapping[str, Any]],
+) -> None:
+    """Write `methods_timing.md` and `methods_timing.json`: what a step costs, dearest last."""
+    _bare_command_line()
+    gpu = options.device == "cuda"
+    shown = {
+        "device": torch.cuda.get_device_name(0) if gpu else f"cpu, {torch.get_num_threads()} threads",
+        "data": source,
+        "step": f"{settings.batch_size} sentences of at most {settings.max_length} tokens, student of three layers",
+        "timing": f"{options.rounds} rounds of {options.timed_steps} steps a stage, all methods in turn",
+    }
+    lines = []
+    for name in sorted(names, key=lambda name: costs[name].get("seconds", math.inf)):
+        row = costs[name]
+        if "error" in row:
+            lines.append((_name(name), f"failed: {row['error'].splitlines()[0]}", *[""] * 4))
+            continue
+        spread = f"{min(row['over_kd']):.2f} .. {max(row['over_kd']):.2f}" if "over_kd" in row else ""
+        lines.append((
+            _name(name), f"{row['seconds']:.3f}", _ratio(row.get("over_plain")), _ratio(row.get("over_kd")), spread,
+            f"{row['memory_over_plain']:.2f}" if "memory_over_plain" in row else "",
+        ))  # fmt: skip
+    header = ("method", "seconds a step", "over plain", "over KD", "over KD, least .. most", "peak memory over plain")
+    body = common.table(header, lines) + (
+        "\n\nThe mean step of a method's own stages that train the student, over that of plain fine-tuning and of KD "
+        "in the same round: median. Memory: most bytes of tensors in a step, models and optimiser included."
+    )
+    figures = {"settings": {**asdict(settings), "encoder": Path(settings.encoder).name}, "costs": dict(costs)}
+    title = "What a step of each method costs"
+    common.report("methods_timing", options.out, title, shown, body, figures, quick=False)
 
 
 def _bare_command_line() -> None:
