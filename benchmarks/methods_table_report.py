@@ -74,7 +74,8 @@ def write(
     }
     if costs:
         shown["timing"] = f"{options.rounds} rounds of {options.timed_steps} steps a stage, all methods in turn, alone"
-    body = page(names, teachers, rows, costs, failed)
+    # What is remarked on was measured in whole runs.
+    body = page(names, teachers, rows, costs, failed, {} if options.quick else REMARKS)
     figures = {"settings": {**asdict(settings), "encoder": Path(settings.encoder).name}, "teachers": [
         {key: value for key, value in row.items() if key not in ("predictions", "key")} for row in teachers
     ], "rows": list(rows), "costs": dict(costs)}  # fmt: skip
@@ -130,6 +131,7 @@ def page(
     rows: Rows,
     costs: Mapping[str, Mapping[str, Any]],
     failed: Sequence[str] = (),
+    remarks: Mapping[str, str] = REMARKS,
 ) -> str:
     """The table, the rows that lose, and what failed."""
     plain = {row["seed"]: row["accuracy"] for row in rows if row["method"] == BASELINE and "error" not in row}
@@ -170,10 +172,10 @@ def page(
         text += "\n\n## Worse than no teacher\n"
         for name, gains in losing:
             by_seed = ", ".join(f"{gain:+.2f}" for gain in gains)
-            text += f"\n- `{name}` ({by_seed}): {REMARKS.get(name, 'not explained yet.')}"
-    others = [name for name in names if name in REMARKS and name not in [each for each, _ in losing]]
+            text += f"\n- `{name}` ({by_seed}): {remarks.get(name, 'not explained yet.')}"
+    others = [name for name in names if name in remarks and name not in [each for each, _ in losing]]
     if others:
-        text += "\n\n## Remarks\n" + "".join(f"\n- `{name}`: {REMARKS[name]}" for name in others)
+        text += "\n\n## Remarks\n" + "".join(f"\n- `{name}`: {remarks[name]}" for name in others)
     if failed:
         text += "\n\n## Failed\n" + "".join(f"\n- {problem.splitlines()[0]}" for problem in failed)
     return text
