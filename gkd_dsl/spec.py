@@ -13,11 +13,9 @@ from gkd_dsl.meaning.resolved import literal, resolved_text
 
 if TYPE_CHECKING:
     import networkx as nx
-    from torch import nn
-    from transformers import PreTrainedModel
 
     from gkd_dsl.graph.plan import SpecPlan
-    from gkd_dsl.runtime.distiller import Distiller
+    from gkd_dsl.runtime.distiller import Distiller, Model, Projections
     from gkd_dsl.runtime.records import Listener
     from gkd_dsl.runtime.session import Outcome
 
@@ -102,8 +100,8 @@ class Spec:
         self,
         stage: str | None = None,
         *,
-        projections: Mapping[str, nn.Module] | None = None,
-        **models: PreTrainedModel,
+        projections: Projections | None = None,
+        **models: Model,
     ) -> Distiller:
         """The objective of a stage (the first unless named) as a function of a batch.
 

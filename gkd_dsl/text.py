@@ -39,11 +39,6 @@ class Source:
         end = self._starts[number] if number < len(self._starts) else len(self.text)
         return self.text[start:end].rstrip("\r\n")
 
-    @property
-    def line_count(self) -> int:
-        """How many lines the text has."""
-        return len(self._starts)
-
 
 @dataclass(frozen=True)
 class Span:

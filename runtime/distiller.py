@@ -19,6 +19,9 @@ from gkd_dsl.runtime.policy import make_policies
 from gkd_dsl.runtime.step import Batch, StepModule
 from gkd_dsl.schedules import Clock
 
+Model = PreTrainedModel
+Projections = Mapping[str, nn.Module]
+
 
 class Distiller:
     """A stage's objective as a function of a batch.
@@ -45,8 +48,8 @@ class Distiller:
     def __init__(
         self,
         plan: StagePlan,
-        models: Mapping[str, PreTrainedModel],
-        projections: Mapping[str, nn.Module] | None = None,
+        models: Mapping[str, Model],
+        projections: Projections | None = None,
         *,
         root: Path | None = None,
     ) -> None:

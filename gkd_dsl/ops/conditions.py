@@ -183,14 +183,6 @@ def divisors(number: int) -> tuple[int, ...]:
     return tuple(sorted({*small, *(number // k for k in small)}))
 
 
-def common_divisors(*numbers: int) -> tuple[int, ...]:
-    """The divisors that all the numbers share, ascending: head counts that work on both sides."""
-    shared = set(divisors(numbers[0]))
-    for number in numbers[1:]:
-        shared &= set(divisors(number))
-    return tuple(sorted(shared))
-
-
 def nearest(candidates: tuple[int, ...], wanted: float, count: int = 4) -> tuple[int, ...]:
     """The candidates closest to a number, ascending."""
     return tuple(sorted(sorted(candidates, key=lambda k: (abs(k - wanted), k))[:count]))

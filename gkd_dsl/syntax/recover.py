@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
 from lark import Token, Tree, UnexpectedCharacters, UnexpectedInput, UnexpectedToken
 from lark.lexer import TextSlice
@@ -362,8 +361,3 @@ class Reader:
     def opened(self, token: Token) -> Label:
         """The label of an opening bracket."""
         return Label(self.span_of(token), "opened here", primary=False)
-
-
-def is_word(value: Any) -> bool:
-    """Whether a text is a name or a keyword."""
-    return _WORD.fullmatch(str(value)) is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -11,6 +12,22 @@ Operator = Callable[..., Tensor]
 _F = TypeVar("_F", bound=Callable[..., Tensor])
 
 _FUNCTIONS: dict[str, Operator] = {}
+_MODULES = (
+    "angles",
+    "arithmetic",
+    "choice",
+    "contrast",
+    "distances",
+    "divergences",
+    "interventions",
+    "layers",
+    "masks",
+    "relations",
+    "segments",
+    "tensors",
+    "vocabulary",
+)
+"""What fills the table when it is imported."""
 
 
 def function(name: str, *, replace: bool = False) -> Callable[[_F], _F]:
@@ -27,40 +44,8 @@ def function(name: str, *, replace: bool = False) -> Callable[[_F], _F]:
 
 def functions() -> dict[str, Operator]:
     """Every operator's function by name, the user's included. The dictionary is a copy."""
-    from gkd_dsl.runtime.ops import (
-        angles,
-        arithmetic,
-        choice,
-        contrast,
-        distances,
-        divergences,
-        interventions,
-        layers,
-        masks,
-        relations,
-        segments,
-        tensors,
-        vocabulary,
-    )
-
-    # Importing the modules is what fills the table.
-    assert all(
-        (
-            angles,
-            arithmetic,
-            choice,
-            contrast,
-            distances,
-            divergences,
-            interventions,
-            layers,
-            masks,
-            relations,
-            segments,
-            tensors,
-            vocabulary,
-        )
-    )
+    for module in _MODULES:
+        import_module(f"gkd_dsl.runtime.ops.{module}")
     return dict(_FUNCTIONS)
 
 

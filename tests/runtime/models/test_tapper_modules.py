@@ -13,9 +13,7 @@ from gkd_dsl.models.errors import ModelError, TapError
 from gkd_dsl.models.resolve import part_modules, resolve_tap
 from gkd_dsl.models.taps import TapPath
 from gkd_dsl.runtime.models.load import load, part_parameters
-from gkd_dsl.runtime.models.measure import module_dims
 from gkd_dsl.runtime.models.tapper import Tapper
-from gkd_dsl.types import BATCH, LENGTH
 
 
 def module(name, side="out"):
@@ -103,7 +101,7 @@ def test_taps_that_a_model_lacks(make, batch):
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)
-def test_measured_shapes_are_those_of_a_batch(folder, batch, family):
+def test_declared_shapes_agree_with_those_of_a_batch(folder, batch, family):
     tiny = build(folder, family, "classification")
     inputs = batch()
     names = [
@@ -112,25 +110,12 @@ def test_measured_shapes_are_those_of_a_batch(folder, batch, family):
     assert len(names) >= 2
     for name in [*names[:6], names[-1]]:
         for side in ("in", "out"):
-            dims = module_dims(tiny.info, module(name, side))
             with torch.no_grad():
                 shape = tiny.tapper.run(inputs, [module(name, side)])[module(name, side)].shape
-            assert tuple({"B": 3, "L": 7}.get(dim.name, dim.size) for dim in dims) == tuple(shape)
             declared = resolve_tap(tiny.info, "s", [("module", (name,)), (side, None)]).type.dims
-            assert len(declared) == len(dims)
-            assert all(a.agrees(b) for a, b in zip(declared, dims, strict=True))
-
-
-def test_measured_weights(make):
-    tiny = make("llama")
-    dims = module_dims(tiny.info, TapPath("weight", name="embed_tokens.weight"))
-    assert [dim.size for dim in dims] == [37, 24]
-    assert module_dims(tiny.info, module("layers.0"))[:2] == (BATCH, LENGTH)
-
-
-def test_measuring_an_unknown_module(make):
-    with pytest.raises(TapError, match='no module "nope"'):
-        module_dims(make("bert").info, module("nope"))
+            known = [{"B": 3, "L": 7}.get(dim.name, dim.size) for dim in declared]
+            assert len(known) == len(shape)
+            assert all(size in (None, found) for size, found in zip(known, shape, strict=True))
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)
@@ -185,5 +170,4 @@ def test_a_family_without_a_table(tmp_path, batch):
         taps = Tapper(model, info).run(inputs, [TapPath("logits"), module("albert.pooler")])
         assert torch.equal(taps[TapPath("logits")], model(**inputs).logits)
     assert taps[module("albert.pooler")].shape == (3, 12)
-    assert module_dims(info, module("albert.pooler"))[1].size == 12
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "albert"
