@@ -42,6 +42,52 @@ class Kept:
 
 
 @dataclass(frozen=True)
+class Lora:
+    """Adapters of low rank beside some linear maps of a model: W + scale B A (arXiv 2106.09685).
+
+    r        the rank; B starts as zeros, so that the model starts as its base
+    alpha    `scale` is alpha / r, with `rslora` alpha / sqrt(r) (arXiv 2312.03732)
+    dropout  of what A is given, in training alone
+    targets  modules inside the blocks: their names, or ends of their paths
+    export   `merged`: a plain model with W + scale B A; `adapter`: what is trained alone, as peft reads it
+    dora     the length of each row of a weight is trained apart (arXiv 2402.09353)
+    """
+
+    r: int
+    alpha: float
+    dropout: float
+    targets: tuple[str, ...]
+    export: Literal["merged", "adapter"] = "merged"
+    rslora: bool = False
+    dora: bool = False
+
+    @property
+    def scale(self) -> float:
+        """What B A is multiplied with."""
+        return self.alpha / (self.r**0.5 if self.rslora else self.r)
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """How the linear weights of a model are quantised when they are loaded.
+
+    library  `bitsandbytes`, `torchao`, or what the config of a model that was saved quantised names
+    scheme   the class of torchao that does it; for bitsandbytes the bits say all
+    bits     of a weight; 0 where that is not known
+    args     by the library's own names
+    """
+
+    library: str
+    bits: int = 0
+    scheme: str | None = None
+    args: tuple[tuple[str, Any], ...] = ()
+
+    def __str__(self) -> str:
+        given = ", ".join(f"{name} = {value}" for name, value in self.args)
+        return f"{self.library} {self.scheme or ''}".strip() + (f" ({given})" if given else "")
+
+
+@dataclass(frozen=True)
 class Build:
     """How the runtime makes the model.
 
@@ -49,10 +95,11 @@ class Build:
     with only the blocks of `layers`; `headed` copies its body and puts a new head on; `random` makes it from the
     config with random weights. `overrides` are config fields that differ from the file's. `origin` is what is known
     of `base`. With `kept` the model made so is then cut to a part of its vocabulary. `adapter` is the folder of a PEFT
-    adapter that is merged into the weights.
+    adapter that is merged into the weights; `lora` are adapters that are trained, beside frozen weights. With
+    `quantised` weights are quantised as they are read. `stored` has no weights: its outputs are in a folder.
     """
 
-    kind: Literal["hf", "truncated", "headed", "random"]
+    kind: Literal["hf", "truncated", "headed", "random", "stored"]
     path: str | None
     base: str | None = None
     layers: tuple[int, ...] | None = None
@@ -60,6 +107,9 @@ class Build:
     origin: ModelInfo | None = None
     kept: Kept | None = None
     adapter: str | None = None
+    lora: Lora | None = None
+    quantised: Quantised | None = None
+    stored: str | None = None
 
 
 @dataclass(frozen=True)
@@ -107,6 +157,17 @@ class ModelInfo:
         if self.build.kept is not None or self.build.origin is None:
             return self.build.kept
         return self.build.origin.kept
+
+    @property
+    def quantised(self) -> Quantised | None:
+        """How its weights are quantised: by the spec, or as they were saved."""
+        if self.build.quantised is not None or self.build.kind != "hf":
+            return self.build.quantised
+        saved = self.config.get("quantization_config")
+        if not isinstance(saved, Mapping):
+            return None
+        bits = 4 if saved.get("load_in_4bit") else 8 if saved.get("load_in_8bit") else saved.get("bits", 0)
+        return Quantised(str(saved.get("quant_method", "unknown")), bits if isinstance(bits, int) else 0)
 
     @property
     def causal(self) -> bool:
