@@ -26,6 +26,7 @@ from gkd_dsl.runtime.fingerprint import fingerprint
 from gkd_dsl.runtime.interrupt import StopRequest
 from gkd_dsl.runtime.logs import RunLog, evaluations
 from gkd_dsl.runtime.loop import Loader, StageLoop, length_of
+from gkd_dsl.runtime.models import adapters
 from gkd_dsl.runtime.models.load import load, load_tokenizer
 from gkd_dsl.runtime.policy import Policy, make_policies
 from gkd_dsl.runtime.records import EvaluateRecord, Listener, StageRecord, StepRecord
@@ -264,7 +265,10 @@ class Run:
         self.policies |= make_policies(new, self.backend.device, plan.stage.seed)
 
     def _tensors(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-        models = {name: self.backend.tensors(self.models[name]) for name in sorted(self._changed)}
+        models = {
+            name: adapters.saved(self.models[name], self._infos[name], self.backend.tensors(self.models[name]))
+            for name in sorted(self._changed)
+        }
         blocks = {
             f"{name}/{part}": value
             for name, block in self.projections.items()
@@ -349,7 +353,8 @@ class Run:
 
     def _load(self, models: Mapping[str, Mapping[str, Tensor]], blocks: Mapping[str, Tensor]) -> None:
         for name, tensors in models.items():
-            self.backend.load(self.models[name], tensors, f"model `{name}`")
+            model = self.models[name]
+            self.backend.load(model, adapters.completed(model, tensors), f"model `{name}`")
         for name, block in self.projections.items():
             prefix = f"{name}/"
             own = {key.removeprefix(prefix): value for key, value in blocks.items() if key.rpartition("/")[0] == name}

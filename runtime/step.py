@@ -14,11 +14,12 @@ from transformers import PreTrainedModel
 from gkd_dsl import schedules
 from gkd_dsl.graph.nodes import ProjectNode, ReplaceBlock, TrainTarget
 from gkd_dsl.graph.plan import Apply, Counted, ForwardPlan, Fused, LossPlan, StagePlan
-from gkd_dsl.models.resolve import part_modules
+from gkd_dsl.models.lora import selected_modules
 from gkd_dsl.runtime import rows
 from gkd_dsl.runtime.errors import CANNOT_RUN, SHAPES, RunError
 from gkd_dsl.runtime.fused import FusedLosses, FusedPart
 from gkd_dsl.runtime.gradients import Gradients
+from gkd_dsl.runtime.models.adapters import adapted, trainable, with_lora
 from gkd_dsl.runtime.models.interventions import at_clock, edits
 from gkd_dsl.runtime.models.load import part_parameters
 from gkd_dsl.runtime.models.tapper import Tapper
@@ -106,6 +107,10 @@ class StepModule(nn.Module):
             if any(target.kind == "model" and target.name == node.name for target in plan.stage.trains)
         )
         fixed = [node for node in plan.models if node.name not in self.trained]
+        for node in plan.models:
+            # Models that a caller has made are plain.
+            if node.name in self.trained and node.info.build.lora is not None and not adapted(models[node.name]):
+                with_lora(models[node.name], node.info, plan.stage.seed)
         # Names of a spec may be those of methods of a module ("train", "half"), or hold dots and slashes.
         self._models = nn.ModuleDict({f"model_{i}": models[name] for i, name in enumerate(self.trained)})
         self._blocks = nn.ModuleDict({f"block_{i}": blocks[node.name] for i, node in enumerate(plan.projections)})
@@ -251,7 +256,8 @@ class StepModule(nn.Module):
                 elif target.part == "head" and nodes[target.name].info.task == "encoder":
                     continue
                 else:
-                    named = part_parameters(model, part_modules(nodes[target.name].info, target.part))
+                    named = part_parameters(model, selected_modules(nodes[target.name].info, target.part))
+                named = trainable(model, named)
             for name, parameter in named:
                 found.setdefault(id(parameter), (f"{prefix}/{name}", parameter, target))
         return list(found.values())

@@ -10,7 +10,18 @@ import networkx as nx
 
 from gkd_dsl.diagnostics import Diagnostics
 from gkd_dsl.graph.nodes import AttrValue, StageNode
-from gkd_dsl.meaning import fusing, gemini, imports, parameters, placements, settings, specimens, stages, unused
+from gkd_dsl.meaning import (
+    adapters,
+    fusing,
+    gemini,
+    imports,
+    parameters,
+    placements,
+    settings,
+    specimens,
+    stages,
+    unused,
+)
 from gkd_dsl.meaning.context import Context, ResolvedParam
 from gkd_dsl.meaning.declare import value_of
 from gkd_dsl.meaning.evaluate import evaluate
@@ -142,6 +153,7 @@ def _elaborate(ctx: Context, scope: Scope, file: ast.File) -> tuple[tuple[str, A
                 fusing.check(ctx, scope, block)
                 gemini.check(ctx, scope, block)
     if steps and ctx.diagnostics.ok:
+        adapters.unused(ctx, scope, ctx.stages)
         unused.warn(ctx, scope)
     return runtime
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gkd_dsl.graph.access import nodes
-from gkd_dsl.graph.nodes import OpNode, StageNode
+from gkd_dsl.graph.nodes import ModelNode, OpNode, StageNode
 from gkd_dsl.meaning.context import Context, replace
 from gkd_dsl.meaning.scope import Scope
 from gkd_dsl.meaning.settings import GEMINI
@@ -61,6 +61,13 @@ def check(ctx: Context, scope: Scope, block: ast.Runtime) -> None:
             ctx.error(
                 scope, _CODE, f"Gemini has AdamW alone, and stage `{stage.name}` has {stage.optim.name}", backend.span,
                 notes=["write `optim = adamw(lr = ...)` in the stage"],
+            )  # fmt: skip
+    for model in nodes(ctx.builder.graph, ModelNode):
+        if model.info.build.lora is not None:
+            ctx.error(
+                scope, _CODE, f"Gemini has no LoRA, and `{model.name}` has an adapter", backend.span,
+                "its chunks hold parameters that are all trained, or all frozen",
+                notes=["the ddp backend trains adapters"], fix=replace(backend.value.span, "ddp"),
             )  # fmt: skip
     if any(node.op == "gradient" for node in nodes(ctx.builder.graph, OpNode)):
         ctx.error(

@@ -18,8 +18,8 @@ from gkd_dsl.syntax import ast
 from gkd_dsl.text import Span
 
 TASKS = ("encoder", "classification", "masked_lm", "causal_lm")
-_LATER = {"quantize": "a quantised model", "adapter": "a model with an adapter"}
-_SETTINGS = ("vocabulary", *_LATER)
+_LATER = {"quantize": "a quantised model"}
+_SETTINGS = ("vocabulary", "adapter", *_LATER)
 _WIDTHS = ("width", "heads", "inner")
 _CONSTRUCTORS = ("hf", "truncated", "with_head", "random_init")
 
@@ -47,8 +47,8 @@ def _block(ctx: Context, scope: Scope, decl: ast.ModelDecl, info: ModelInfo | No
         if stmt.name.text == "vocabulary":
             info = vocabulary.keeping(ctx, scope, info, stmt.value) if info is not None else None
             continue
-        if stmt.name.text == "adapter" and adapters.is_peft(stmt.value):
-            info = adapters.merged(ctx, scope, info, stmt.value) if info is not None else None
+        if stmt.name.text == "adapter":
+            info = adapters.adapted(ctx, scope, info, stmt.value) if info is not None else None
             continue
         if stmt.name.text in _LATER:
             if isinstance(stmt.value, ast.Call):
@@ -64,7 +64,7 @@ def _block(ctx: Context, scope: Scope, decl: ast.ModelDecl, info: ModelInfo | No
             notes=[f"its settings: {', '.join(_SETTINGS)}"], fix=replace(stmt.name.span, near) if near else None,
         )  # fmt: skip
         info = None
-    return info
+    return info if info is None or adapters.finished(ctx, scope, decl, info) else None
 
 
 def _info(ctx: Context, scope: Scope, expr: ast.Expr) -> ModelInfo | None:

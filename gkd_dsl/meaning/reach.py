@@ -59,7 +59,8 @@ def _depth_of_part(info: ModelInfo, part: str | None) -> int:
     # The head of a language model may share its weight with the embeddings.
     if part == "head" and info.task == "classification":
         return (info.size("N") or 0) + 2
-    return 0
+    # Adapters are in the blocks alone.
+    return 0 if info.build.lora is None else 1
 
 
 def depth_of_tap(info: ModelInfo, path: TapPath) -> int | None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from gkd_dsl import schedules
 from gkd_dsl.graph.nodes import TrainTarget
+from gkd_dsl.meaning import adapters
 from gkd_dsl.meaning.context import Context
 from gkd_dsl.meaning.scope import Scope
 from gkd_dsl.meaning.values import Block, Family, Items, Layers, Loss, Model, TapPart, Unknown, Value, kind
@@ -41,6 +42,8 @@ def training(ctx: Context, scope: Scope, decl: ast.Stage, objective: Loss | None
             found = _targets(ctx, scope, written, carries)
             good = good and found is not None
             targets += found or []
+            if found:
+                good = _holds(ctx, scope, found, written) and good
     else:
         terms = objective.terms if objective is not None else ()
         used = frozenset().union(*(term.loss.carries for term in terms if not schedules.is_zero(term.weight)))
@@ -55,7 +58,7 @@ def training(ctx: Context, scope: Scope, decl: ast.Stage, objective: Loss | None
             good = False
             continue
         targets = _without(ctx, scope, targets, found, written)
-    unique = tuple(dict.fromkeys(targets))
+    unique = tuple(target for target in dict.fromkeys(targets) if not _frozen(ctx, target))
     return Training(unique, bool(listed)) if good else None
 
 
@@ -70,6 +73,22 @@ def _targets(ctx: Context, scope: Scope, written: ast.Expr, carries: frozenset[s
             "a model, `s.body`, `s.embed`, `s.head`, `s.layer[i]`, or a projection",
         )  # fmt: skip
     return found
+
+
+def _frozen(ctx: Context, target: TrainTarget) -> bool:
+    """Whether a part of a model with an adapter is all frozen."""
+    return target.kind == "model" and adapters.frozen(ctx.models.get(target.name), target)
+
+
+def _holds(ctx: Context, scope: Scope, found: list[TrainTarget], written: ast.Expr) -> bool:
+    """Whether what `train` lists holds anything that an adapter leaves to train; else it was reported."""
+    if not all(_frozen(ctx, target) for target in found):
+        return True
+    ctx.error(
+        scope, "E0417", f"`{written.span.text}` is frozen: `{found[0].name}` trains its adapter alone", written.span,
+        "it holds no adapter", notes=["the adapters are in its blocks: `s.layer[i]`, or all of them: `s`"],
+    )  # fmt: skip
+    return False
 
 
 def _what(value: Value, written: ast.Expr) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from gkd_dsl.models.errors import ModelError
 from gkd_dsl.models.families import FAMILIES
 from gkd_dsl.models.info import ModelInfo, Task
 from gkd_dsl.runtime.models import vocabulary
-from gkd_dsl.runtime.models.adapters import with_adapter
+from gkd_dsl.runtime.models.adapters import merged, with_adapter, with_lora
 
 log = logging.getLogger("gkd_dsl")
 
@@ -99,6 +99,10 @@ def load_with_report(
     root: Path | None = None,
 ) -> tuple[PreTrainedModel, LoadReport]:
     """As `load`, with the report instead of a log line."""
+    if info.build.lora is not None:
+        below = replace(info, build=replace(info.build, lora=None))
+        model, report = load_with_report(below, dtype=dtype, device=device, models=models, seed=seed, root=root)
+        return with_lora(model, info, seed), report
     if info.build.kept is not None:
         model, report = load_with_report(whole(info), models=models, seed=seed)
         cut_down = _cut(info, model, models or {}, root or Path.cwd())
@@ -232,7 +236,8 @@ def _copied(info: ModelInfo, models: Mapping[str, PreTrainedModel]) -> tuple[Pre
     family = FAMILIES[info.family or ""]
     model = build(info)
     layers = info.build.layers or ()
-    body, head = base.base_model.state_dict(), base.state_dict()
+    with merged(base):
+        body, head = base.base_model.state_dict(), base.state_dict()
     prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
     new: list[str] = []
     shorter = _shorter(info)

@@ -18,6 +18,7 @@ from gkd_dsl.models.errors import TapError, near_misses
 from gkd_dsl.models.info import ModelInfo
 from gkd_dsl.models.resolve import Hook, canonical, hook, unavailable
 from gkd_dsl.models.taps import TapPath
+from gkd_dsl.runtime.models.adapters import effective
 from gkd_dsl.runtime.models.attention import Recorder, recomputing, tapped
 from gkd_dsl.runtime.models.interventions import Edits, applied
 from gkd_dsl.runtime.ops.common import end_token
@@ -213,7 +214,7 @@ class Tapper:
                 return found
         for root in (self.model, self.base):
             try:
-                return root.get_parameter(name)
+                return effective(root, name, root.get_parameter(name))
             except AttributeError:
                 continue
         near = near_misses(name, [known for known, _ in self.model.named_parameters()])

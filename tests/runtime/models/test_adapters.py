@@ -96,17 +96,17 @@ def test_the_library_is_asked_for_the_merged_model(folder, monkeypatch):
     same(asked(folder, monkeypatch, Wrapped), by_hand(folder))
 
 
-@pytest.mark.gemini
 @pytest.mark.filterwarnings("ignore")
 def test_the_merged_weights_are_those_by_hand(folder):
-    """Run where peft is installed, as the extra of the gemini backend brings it."""
     same(load(info_of(folder)), by_hand(folder))
 
 
 def test_without_the_library_it_says_what_to_install(folder, monkeypatch):
+    info = info_of(folder)
     monkeypatch.setitem(sys.modules, "peft", None)
+    assert [d.code for d in checked(folder).diagnostics.errors] == ["E0435"]
     with pytest.raises(ModelError, match="peft is not installed") as caught:
-        load(info_of(folder))
+        load(info)
     assert caught.value.hint == 'pip install "gkd-dsl[peft]"'
 
 
@@ -131,5 +131,7 @@ def test_only_saved_weights_have_one(folder):
     assert "E0508" in {d.code for d in check_text(text, root=folder).diagnostics.errors}
 
 
-def test_another_kind_is_for_later(folder):
-    assert [d.code for d in checked(folder, "lora(8)").later] == ["E0601"]
+def test_no_other_kind(folder):
+    found = checked(folder, "prefix(8)")
+    assert [d.code for d in found.diagnostics.errors] == ["E0508"]
+    assert len(found.later) == 0
