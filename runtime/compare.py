@@ -6,6 +6,7 @@ import inspect
 import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from gkd_dsl.runtime.export import weight_bytes
+from gkd_dsl.runtime.models.halved import halved
 
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
@@ -107,8 +109,9 @@ def compare(
     """Measure models, the teacher first and the student last, on the same batches.
 
     In each round every model reads all batches, the first of a round in turn, so that what slows the machine
-    slows both. A round more is begun only while `seconds` have not passed. `folders` are the models' own, for
-    the size on disk. Raises ValueError for less than two models or no batches.
+    slows both. Where one of them has weights in half precision, all run under autocast to it. A round more is begun
+    only while `seconds` have not passed. `folders` are the models' own, for the size on disk. Raises ValueError for
+    less than two models or no batches.
     """
     held = [dict(batch) for batch in batches]
     if len(models) < 2 or not held:
@@ -120,16 +123,17 @@ def compare(
         for model in models.values():
             model.eval()
         inputs = {name: [_inputs(models[name], batch) for batch in held] for name in names}
-        for name in names:
-            _read(models[name], inputs[name][:1])
-        begun = time.perf_counter()
-        for number in range(rounds):
-            if number and time.perf_counter() - begun > seconds:
-                break
-            for name in names if number % 2 == 0 else reversed(names):
-                start = time.perf_counter()
-                _read(models[name], inputs[name])
-                times[name].append(time.perf_counter() - start)
+        with _precision(models.values()):
+            for name in names:
+                _read(models[name], inputs[name][:1])
+            begun = time.perf_counter()
+            for number in range(rounds):
+                if number and time.perf_counter() - begun > seconds:
+                    break
+                for name in names if number % 2 == 0 else reversed(names):
+                    start = time.perf_counter()
+                    _read(models[name], inputs[name])
+                    times[name].append(time.perf_counter() - start)
     finally:
         for name, model in models.items():
             model.train(modes[name])
@@ -171,6 +175,13 @@ def _inputs(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     accepted = inspect.signature(model.forward).parameters
     device = _device(model)
     return {name: batch[name].to(device) for name in _INPUTS if name in batch and name in accepted}
+
+
+def _precision(models: Iterable[nn.Module]) -> AbstractContextManager[object]:
+    """That of the forwards, where a model has weights in half precision."""
+    held = list(models)
+    half = next((found for model in held if (found := halved(model)) is not None), None)
+    return nullcontext() if half is None else torch.autocast(_device(held[0]).type, dtype=half)
 
 
 @torch.inference_mode()

@@ -170,7 +170,7 @@ def export_model(
     info = checked.models[name].info
     loader = run.loader(last)
     roles = {node.name: node for stage in plan.stages for node in stage.models}
-    model = run.model(name)
+    model = run.whole(name)
     kept = info.kept
     return export(
         # The rows of ids that were dropped are repeated, so that the folder goes with its tokenizer.

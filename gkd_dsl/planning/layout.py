@@ -14,8 +14,8 @@ from gkd_dsl.planning.machine import Machine
 PROCESSES = ("ddp", "gemini")
 STREAMED = ("offload", "disk")
 
-FULL = 4
-"""Bytes of a weight in memory: models are loaded in fp32, whatever the precision of the forwards."""
+FULL, HALF = 4, 2
+"""Bytes of a weight in fp32, and of one in half precision."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,24 @@ class Setup:
     def micro(self, stage: StageNode) -> int:
         """Micro-batches in a step."""
         return max(1, stage.accumulate * min(self.split, stage.batch_size) // self.merge)
+
+
+def halved_models(plan: SpecPlan) -> tuple[str, ...]:
+    """The models that are held in half precision where forwards are run in it: what is loaded, and no stage trains.
+
+    A model that is copied from another one, or is quantised, has its weights as it is made.
+    """
+    trained = {target.name for stage in plan.stages for target in stage.stage.trains if target.kind == "model"}
+    nodes = {node.name: node.info.build for stage in plan.stages for node in stage.models}
+    return tuple(
+        name
+        for name, build in nodes.items()
+        if name not in trained
+        and build.kind in ("hf", "random")
+        and build.kept is None
+        and build.lora is None
+        and build.quantised is None
+    )
 
 
 @dataclass(frozen=True)

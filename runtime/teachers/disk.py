@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from gkd_dsl.models.info import ModelInfo
 from gkd_dsl.runtime.errors import CANNOT_RUN, RunError
+from gkd_dsl.runtime.models.halved import halve
 from gkd_dsl.runtime.models.load import build
 from gkd_dsl.runtime.teachers.streamed import blocks_of
 
@@ -58,8 +59,12 @@ class Mapped:
         return data.view(kind).view(shape).to(dtype)
 
 
-def on_disk(info: ModelInfo, name: str) -> tuple[PreTrainedModel, dict[str, str], Mapped]:
+def on_disk(
+    info: ModelInfo, name: str, half: torch.dtype | None = None
+) -> tuple[PreTrainedModel, dict[str, str], Mapped]:
     """A model whose blocks are empty (meta tensors), the saved names of its parameters, and its files.
+
+    With `half` its matrices are in that dtype, as `halve` makes them.
 
     Raises RunError for one that is not loaded from saved weights as they are: made from another model, with weights
     that start from random values, or saved under other names.
@@ -97,6 +102,8 @@ def on_disk(info: ModelInfo, name: str) -> tuple[PreTrainedModel, dict[str, str]
         if id(parameter) not in inside:
             with torch.no_grad():
                 parameter.copy_(files.tensor(found, torch.float32))
+    if half is not None:
+        halve(model, half)
     return model.eval(), saved, files
 
 

@@ -17,6 +17,7 @@ from gkd_dsl.graph.passes.sparse import TopK, sparse
 from gkd_dsl.graph.plan import StagePlan
 from gkd_dsl.graph.stored import kept, refusals, sparse_keys, student_task, taps_of, temperatures
 from gkd_dsl.runtime.errors import CACHE, CANNOT_RUN, RunError
+from gkd_dsl.runtime.models.halved import rounded
 from gkd_dsl.runtime.teachers.base import TeacherSource
 from gkd_dsl.runtime.teachers.cached import CachedTeachers, FillingTeachers
 from gkd_dsl.runtime.teachers.disk import on_disk
@@ -59,7 +60,9 @@ class Place:
     reader  the model whose tokenizer reads the stage's source
     folder  the run folder, if any
     alone   whether one process makes the run
-    streamed  the models of earlier stages that are streamed, by name; added to
+    streamed  the models of earlier stages that are streamed or in chunks, by name; added to
+    half      the models that are held in half precision, with their dtype
+    chunks    the settings of the runtime block
     """
 
     model: Callable[[str], PreTrainedModel]
@@ -69,7 +72,9 @@ class Place:
     root: Path
     folder: Path | None = None
     alone: bool = True
-    streamed: dict[str, StreamedTeachers] = field(default_factory=dict)
+    streamed: dict[str, TeacherSource] = field(default_factory=dict)
+    half: Mapping[str, torch.dtype] = field(default_factory=dict)
+    chunks: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -211,9 +216,12 @@ def _in_memory(node: ModelNode, how: Placement, at: Place, models: dict[str, Pre
 def _streamed(node: ModelNode, how: Placement, at: Place) -> StreamedTeachers:
     if how.place == "offload":
         return StreamedTeachers(node, at.model(node.name), at.device, in_host_memory)
-    model, saved, files = on_disk(node.info, node.name)
+    half = at.half.get(node.name)
+    model, saved, files = on_disk(node.info, node.name, half)
 
     def find(name: str, parameter: Tensor) -> Tensor:
-        return files.tensor(saved[name], parameter.dtype)
+        if half is None or parameter.ndim > 1:
+            return files.tensor(saved[name], parameter.dtype)
+        return rounded(files.tensor(saved[name], torch.float32), half)
 
     return StreamedTeachers(node, model, at.device, find)
