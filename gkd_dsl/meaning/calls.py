@@ -25,7 +25,7 @@ from gkd_dsl.ops import registry
 from gkd_dsl.syntax import ast
 
 LATER = {
-    "keep", "ids", "rollout", "cached", "logit_cache", "bnb", "peft", "torchao",
+    "keep", "ids", "rollout", "cached", "peft",
 }  # fmt: skip
 """Functions of what a later version runs: known to the checker."""
 

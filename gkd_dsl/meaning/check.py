@@ -17,6 +17,7 @@ from gkd_dsl.meaning import (
     imports,
     parameters,
     placements,
+    quantising,
     settings,
     specimens,
     stages,
@@ -152,6 +153,8 @@ def _elaborate(ctx: Context, scope: Scope, file: ast.File) -> tuple[tuple[str, A
                 placements.check(ctx, scope, block)
                 fusing.check(ctx, scope, block)
                 gemini.check(ctx, scope, block)
+    if steps:
+        quantising.check(ctx, scope, dict(runtime))
     if steps and ctx.diagnostics.ok:
         adapters.unused(ctx, scope, ctx.stages)
         unused.warn(ctx, scope)

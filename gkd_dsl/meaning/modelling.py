@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 
 from gkd_dsl.graph.nodes import ModelNode
-from gkd_dsl.meaning import adapters, vocabulary
+from gkd_dsl.meaning import adapters, quantising, vocabulary
 from gkd_dsl.meaning.context import Context, replace, suggest
 from gkd_dsl.meaning.scope import Scope
 from gkd_dsl.meaning.values import UNKNOWN, Items, Model, Num, Numbers, Text, Unknown, Value, kind, plain
@@ -18,8 +18,7 @@ from gkd_dsl.syntax import ast
 from gkd_dsl.text import Span
 
 TASKS = ("encoder", "classification", "masked_lm", "causal_lm")
-_LATER = {"quantize": "a quantised model"}
-_SETTINGS = ("vocabulary", "adapter", *_LATER)
+_SETTINGS = ("vocabulary", "adapter", "quantize")
 _WIDTHS = ("width", "heads", "inner")
 _CONSTRUCTORS = ("hf", "truncated", "with_head", "random_init")
 
@@ -50,13 +49,8 @@ def _block(ctx: Context, scope: Scope, decl: ast.ModelDecl, info: ModelInfo | No
         if stmt.name.text == "adapter":
             info = adapters.adapted(ctx, scope, info, stmt.value) if info is not None else None
             continue
-        if stmt.name.text in _LATER:
-            if isinstance(stmt.value, ast.Call):
-                for arg in stmt.value.args:
-                    # A word such as `compute = bf16` is no name of the spec.
-                    if not isinstance(arg.value, ast.Name):
-                        ctx.evaluate(scope, arg.value)
-            ctx.not_yet(scope, _LATER[stmt.name.text], stmt.span)
+        if stmt.name.text == "quantize":
+            info = quantising.quantised(ctx, scope, decl, info, stmt) if info is not None else None
             continue
         label, near = suggest(stmt.name.text, _SETTINGS)
         ctx.error(
@@ -64,7 +58,9 @@ def _block(ctx: Context, scope: Scope, decl: ast.ModelDecl, info: ModelInfo | No
             notes=[f"its settings: {', '.join(_SETTINGS)}"], fix=replace(stmt.name.span, near) if near else None,
         )  # fmt: skip
         info = None
-    return info if info is None or adapters.finished(ctx, scope, decl, info) else None
+    if info is None or not quantising.alone(ctx, scope, decl, info):
+        return None
+    return info if adapters.finished(ctx, scope, decl, info) else None
 
 
 def _info(ctx: Context, scope: Scope, expr: ast.Expr) -> ModelInfo | None:

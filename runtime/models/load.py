@@ -19,8 +19,9 @@ from gkd_dsl.models.describe import describe, whole
 from gkd_dsl.models.errors import ModelError
 from gkd_dsl.models.families import FAMILIES
 from gkd_dsl.models.info import ModelInfo, Task
-from gkd_dsl.runtime.models import vocabulary
+from gkd_dsl.runtime.models import quantised, vocabulary
 from gkd_dsl.runtime.models.adapters import merged, with_adapter, with_lora
+from gkd_dsl.runtime.models.halved import halve
 
 log = logging.getLogger("gkd_dsl")
 
@@ -75,15 +76,17 @@ def load(
     models: Mapping[str, PreTrainedModel] | None = None,
     seed: int = 0,
     root: Path | None = None,
+    half: torch.dtype | None = None,
 ) -> PreTrainedModel:
     """The model, in eval mode, in `dtype` (float32 unless given) on `device`; what is new in it is logged.
 
     `models` holds the models of the spec made so far (the base of a truncated one, and one whose embeddings say
     which ids are alike). `seed` gives new weights; `root` is where the paths of a counted source start.
+    With `half` the matrices are in that dtype: of a model that nothing trains, and that is run under autocast to it.
 
     Raises ModelError.
     """
-    model, report = load_with_report(info, dtype=dtype, device=device, models=models, seed=seed, root=root)
+    model, report = load_with_report(info, dtype=dtype, device=device, models=models, seed=seed, root=root, half=half)
     if str(report):
         log.log(logging.INFO if report.all_new else logging.WARNING, "%s", report)
     return model
@@ -97,6 +100,7 @@ def load_with_report(
     models: Mapping[str, PreTrainedModel] | None = None,
     seed: int = 0,
     root: Path | None = None,
+    half: torch.dtype | None = None,
 ) -> tuple[PreTrainedModel, LoadReport]:
     """As `load`, with the report instead of a log line."""
     if info.build.lora is not None:
@@ -106,13 +110,13 @@ def load_with_report(
     if info.build.kept is not None:
         model, report = load_with_report(whole(info), models=models, seed=seed)
         cut_down = _cut(info, model, models or {}, root or Path.cwd())
-        _cast(cut_down, dtype or torch.float32)
+        _settle(cut_down, dtype, half)
         return cut_down.to(device).eval(), report  # type: ignore[arg-type]
     with _quiet(), _seeded(seed):
         if info.formal:
             raise ModelError(f"{info.location} is the model of a method: it has no weights")
         if info.build.kind == "hf":
-            model, report = _from_weights(info, dtype or torch.float32)
+            model, report = _from_weights(info, half or dtype or torch.float32)
             if info.build.adapter is not None:
                 model = with_adapter(model, info.build.adapter, info.location)
         elif info.build.kind == "random":
@@ -122,7 +126,10 @@ def load_with_report(
             model, report = _copied(info, models or {})
     if info.task == "classification" and model.config.pad_token_id is None:
         model.config.pad_token_id = _pad_token(info, model)
-    _cast(model, dtype or torch.float32)
+    _settle(model, dtype, half)
+    if quantised.is_quantised(model):
+        # Where it was quantised: on the GPU, where there is one.
+        return model.eval(), report
     return model.to(device).eval(), report  # type: ignore[arg-type]
 
 
@@ -198,6 +205,7 @@ def _from_weights(info: ModelInfo, dtype: torch.dtype) -> tuple[PreTrainedModel,
     config = config_of(info)
     source, revision = _source(info)
     name = info.architecture if info.family is not None else _AUTO[info.task]
+    extra = quantised.reading(info, dtype)
     try:
         model, found = getattr(transformers, name).from_pretrained(
             source,
@@ -206,6 +214,7 @@ def _from_weights(info: ModelInfo, dtype: torch.dtype) -> tuple[PreTrainedModel,
             dtype=dtype,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
+            **extra,
         )
     except Exception as error:  # the readers of weight files raise errors of their own libraries
         raise ModelError(f'the weights of "{info.location}" cannot be loaded: {_first_line(error)}') from None
@@ -216,6 +225,8 @@ def _from_weights(info: ModelInfo, dtype: torch.dtype) -> tuple[PreTrainedModel,
             f'{_some(wrong)} of "{info.location}" have other shapes than its config says',
             "fields that change shapes are for random_init, not for saved weights",
         )
+    if extra:
+        quantised.refuse_unfit(model, info)
     return model, LoadReport(
         info.location,
         new=tuple(sorted({*found["missing_keys"], *resized})),
@@ -326,6 +337,14 @@ def _pad_token(info: ModelInfo, model: PreTrainedModel) -> int | None:
         return load_tokenizer(info).pad_token_id
     end = model.config.eos_token_id
     return end[0] if isinstance(end, list) else end
+
+
+def _settle(model: nn.Module, dtype: torch.dtype | None, half: torch.dtype | None) -> None:
+    """Give the weights their dtype for good."""
+    if half is not None:
+        halve(model, half)
+    elif not quantised.is_quantised(model):
+        _cast(model, dtype or torch.float32)
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> None:
