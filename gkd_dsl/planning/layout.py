@@ -10,6 +10,7 @@ from gkd_dsl.graph.nodes import ModelNode, StageNode
 from gkd_dsl.graph.plan import SpecPlan, StagePlan
 from gkd_dsl.planning import parameters
 from gkd_dsl.planning.machine import Machine
+from gkd_dsl.planning.quantised import weight_bytes
 
 PROCESSES = ("ddp", "gemini")
 STREAMED = ("offload", "disk")
@@ -166,6 +167,9 @@ def frozen(node: ModelNode, setup: Setup, machine: Machine, share: float = 1.0) 
     embeddings = parameters.part(node.info, "embed").count if found.exact else 0
     if where == "cached":
         return Placed(node.name, where, count, exact=found.exact)
+    if node.info.quantised is not None:
+        plain = HALF if setup.half and setup.backend != "gemini" else FULL
+        return Placed(node.name, where, count, device=weight_bytes(node.info, plain), exact=found.exact)
     if where in STREAMED:
         return _streamed(node, where, ranks, block * layers if found.exact else count, block, share)
     if where == "gemini":
