@@ -27,6 +27,7 @@ from gkd_dsl.runtime.interrupt import StopRequest
 from gkd_dsl.runtime.logs import RunLog, evaluations
 from gkd_dsl.runtime.loop import Loader, StageLoop, length_of
 from gkd_dsl.runtime.models import adapters
+from gkd_dsl.runtime.models.halved import halve, saved_in, untrained
 from gkd_dsl.runtime.models.load import load, load_tokenizer
 from gkd_dsl.runtime.policy import Policy, make_policies
 from gkd_dsl.runtime.records import EvaluateRecord, Listener, StageRecord, StepRecord
@@ -81,7 +82,11 @@ class Run:
         self._given, self._listeners = loaders, tuple(listeners)
         self._infos, self._seeds = _models(plan)
         self._placements = placements(plan.runtime)
-        self._streamed: dict[str, StreamedTeachers] = {}
+        settings = getattr(self.backend, "settings", None)
+        half = untrained(plan, settings.precision) if settings is not None else {}
+        # What goes into Gemini's chunks is cast by them.
+        self._half = {n: dtype for n, dtype in half.items() if self._placed_as(n) != "gemini"}
+        self._streamed: dict[str, TeacherSource] = {}
         self._fingerprint = fingerprint(plan)
         self._changed: set[str] = set()
         self._best: dict[str, dict[str, Tensor]] = {}
@@ -146,12 +151,36 @@ class Run:
                 self._infos.setdefault(kept.like, kept.like_info)
                 self._seeds.setdefault(kept.like, self._seeds[name])
                 self.model(kept.like)
-            made = load(info, models=self.models, seed=self._seeds[name], root=self.root)
-            elsewhere = self._placements.get(name, Placement()).place in ("offload", "disk")
+            if name in self.models:
+                return self.models[name]
+            made = self._loaded(name)
+            elsewhere = self._placed_as(name) in ("offload", "disk", "gemini")
             self.models[name] = made if elsewhere else self.backend.place(made)
             if base is not None or kept is not None:
                 self._changed.add(name)
         return self.models[name]
+
+    def _loaded(self, name: str) -> PreTrainedModel:
+        """A model as a run holds it: what no stage trains in half precision, once others have what they copy of it."""
+        info, half = self._infos[name], self._half.get(name)
+        copies = [other for other, found in self._infos.items() if name in _starts(found)] if half is not None else []
+        first = None if half is None or (copies and not saved_in(info, half)) else half
+        made = load(info, models=self.models, seed=self._seeds[name], root=self.root, half=first)
+        if half is not None and first is None:
+            self.models[name] = made
+            for other in copies:
+                self.model(other)
+            halve(made, half)
+        return made
+
+    def whole(self, name: str) -> PreTrainedModel:
+        """A model with the weights that it was saved with, or was trained to have."""
+        if name in self._half:
+            return load(self._infos[name], models=self.models, seed=self._seeds[name], root=self.root)
+        return self.model(name)
+
+    def _placed_as(self, name: str) -> str:
+        return self._placements.get(name, Placement()).place
 
     def seed(self, model: str) -> int:
         """The seed of a model's new weights."""
@@ -168,6 +197,8 @@ class Run:
             self.folder.path if self.folder is not None else None,
             alone=self.processes.count == 1,
             streamed=self._streamed,
+            half=self._half,
+            chunks=dict(self.plan.runtime),
         )
         made = make_teachers(plan, self._placements, self.loader(plan), at)
         for name, placement in self._placements.items():
@@ -395,6 +426,11 @@ def _models(plan: SpecPlan) -> tuple[dict[str, ModelInfo], dict[str, int]]:
             infos.setdefault(node.name, node.info)
             seeds.setdefault(node.name, stage.stage.seed)
     return infos, seeds
+
+
+def _starts(info: ModelInfo) -> set[str | None]:
+    """The models that a model is made from."""
+    return {info.build.base, info.build.kept.like if info.build.kept is not None else None}
 
 
 def student_of(plan: StagePlan) -> ModelNode:

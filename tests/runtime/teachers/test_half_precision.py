@@ -22,7 +22,7 @@ def own_cache(tmp_path_factory, monkeypatch):
 
 
 def path_of(folder, family, placement="", name="spec.gkd"):
-    make, text, words = WORLDS[family]
+    _, text, words = WORLDS[family]
     return spec(folder, text, f"{BF16}\n  {placement}", name=name, **words)
 
 
