@@ -168,8 +168,7 @@ def frozen(node: ModelNode, setup: Setup, machine: Machine, share: float = 1.0) 
     if where == "cached":
         return Placed(node.name, where, count, exact=found.exact)
     if node.info.quantised is not None:
-        plain = HALF if setup.half and setup.backend != "gemini" else FULL
-        return Placed(node.name, where, count, device=weight_bytes(node.info, plain), exact=found.exact)
+        return Placed(node.name, where, count, device=weight_bytes(node.info, FULL), exact=found.exact)
     if where in STREAMED:
         return _streamed(node, where, ranks, block * layers if found.exact else count, block, share)
     if where == "gemini":

@@ -127,7 +127,9 @@ def _gemini(plan: SpecPlan, current: Setup) -> bool:
 
 
 def _places(plan: SpecPlan, machine: Machine, current: Setup) -> Iterator[Setup]:
-    names = frozen_models(plan)
+    infos = {node.name: node.info for stage in plan.stages for node in stage.models}
+    # Neither packed weights nor stored outputs can be moved.
+    names = [n for n in frozen_models(plan) if infos[n].quantised is None and infos[n].build.stored is None]
     for setup in _backends(plan, machine, current):
         yield setup
         if machine.kind == "cpu":
