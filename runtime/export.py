@@ -17,7 +17,9 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from gkd_dsl.runtime.model_card import model_card
+from gkd_dsl.models.info import ModelInfo
+from gkd_dsl.runtime.model_card import Base, model_card
+from gkd_dsl.runtime.models import adapters
 
 _OURS, _VOCABULARY = "gkd_export.json", "kept_vocabulary.json"
 
@@ -45,35 +47,45 @@ def export(
     normalize: bool = False,
     max_length: int | None = None,
     vocabulary: Mapping[str, Any] | None = None,
+    adapter: ModelInfo | None = None,
 ) -> Path:
     """Write the student so that `AutoModel....from_pretrained(folder)` gives the same outputs.
 
     The folder is written beside its place and renamed into it, so it is there whole or not at all; an earlier
     export is replaced, any other folder that is not empty is refused. `card` is described at `model_card`.
     `pooling` adds what sentence-transformers reads, with `normalize` and `max_length` for it. `vocabulary` is the map
-    of a student that keeps a part of its ids, written beside it.
+    of a student that keeps a part of its ids, written beside it. With `adapter`, what is known of a student with
+    adapters, what it trained is written alone, as `peft.PeftModel.from_pretrained(base, folder)` reads it.
 
     Raises ExportError: no space, no permission, a folder that is in the way, parameters that the class of the
     model does not have.
     """
     target = Path(folder)
     _refuse_foreign(target)
-    _refuse_strangers(model)
+    if adapter is None:
+        with adapters.merged(model):
+            _refuse_strangers(model)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     except OSError as error:
         raise _in_words(error, target) from error
     try:
-        with _no_progress_bars():
-            model.save_pretrained(work)
+        base = None
+        if adapter is not None:
+            base = Base(*adapters.write(model, adapter, work))
+            pooling = None
+            parameters = sum(p.numel() for _, p in adapters.trainable(model, list(model.named_parameters())))
+        else:
+            with _no_progress_bars(), adapters.merged(model):
+                model.save_pretrained(work)
+                parameters = sum(p.numel() for p in model.parameters())
+            _clean_config(work / "config.json", label_names)
         if tokenizer is not None:
             tokenizer.save_pretrained(work)
-        _clean_config(work / "config.json", label_names)
         if pooling is not None:
             _sentence_transformers(work, model, pooling, normalize, max_length)
-        parameters = sum(p.numel() for p in model.parameters())
-        text = model_card(card, spec_text, type(model).__name__, parameters, pooling)
+        text = model_card(card, spec_text, type(model).__name__, parameters, pooling, base)
         (work / "README.md").write_text(text, encoding="utf-8")
         (work / "spec.gkd").write_text(spec_text, encoding="utf-8")
         _write_json(work / _OURS, {"version": 1, "card": _plain(card)})

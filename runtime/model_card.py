@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any
 
@@ -16,19 +17,37 @@ _PIPELINES = {
 }
 
 
-def model_card(card: Mapping[str, Any], spec_text: str, architecture: str, parameters: int, pooling: str | None) -> str:
+@dataclass(frozen=True)
+class Base:
+    """The saved model that an adapter is put on, and what its `from_pretrained` has to be told."""
+
+    place: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+def model_card(
+    card: Mapping[str, Any],
+    spec_text: str,
+    architecture: str,
+    parameters: int,
+    pooling: str | None,
+    base: Base | None = None,
+) -> str:
     """The text of a model card.
 
     `card` may hold: `name`; `spec` (the file's name); `teachers` and `student` (locations); `data` (sources);
-    `vocabulary` (what it keeps of it, in words); `metrics` (name -> number, or -> {"before": number, "after": number});
+    `vocabulary` (what it keeps of it, in words); `adapter` (how it was trained, in words);
+    `metrics` (name -> number, or -> {"before": number, "after": number});
     `version`; `steps`; `date`.
-    What is missing is left out. `architecture` is the transformers class.
+    What is missing is left out. `architecture` is the transformers class. With `base` the folder holds an adapter
+    alone, of so many `parameters`.
     """
     name = str(card.get("name") or "Distilled student")
     teachers = _listed(card.get("teachers"))
     student = str(card.get("student") or "")
     spec = PurePath(str(card.get("spec") or "spec.gkd")).name
-    head = {"library_name": "sentence-transformers" if pooling else "transformers", "tags": ["knowledge-distillation"]}
+    library = "peft" if base is not None else "sentence-transformers" if pooling else "transformers"
+    head = {"library_name": library, "tags": ["knowledge-distillation", *(["lora"] if card.get("adapter") else [])]}
     task = "sentence-similarity" if pooling else _pipeline(architecture)
     if task:
         head["pipeline_tag"] = task
@@ -36,11 +55,15 @@ def model_card(card: Mapping[str, Any], spec_text: str, architecture: str, param
     if hub:
         head["base_model"] = hub
     lines = ["---", *(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in head.items()), "---", ""]
-    lines += [f"# {name}", "", f"A `{architecture}` of {parameters:,} parameters, distilled with gkd-dsl.", ""]
+    what = f"A `{architecture}` of {parameters:,} parameters"
+    if base is not None:
+        what = f"An adapter of {parameters:,} parameters for the `{architecture}` at `{base.place}`"
+    lines += [f"# {name}", "", f"{what}, distilled with gkd-dsl.", ""]
     facts = [("Specification", f"`{spec}`, below"), ("Teacher" if len(teachers) < 2 else "Teachers", _code(teachers))]
     facts += [("Student", _code([student] if student else [])), ("Data", _code(_listed(card.get("data"))))]
     for key, title in (
         ("vocabulary", "Vocabulary"),
+        ("adapter", "Adapter"),
         ("steps", "Optimiser steps"),
         ("date", "Date"),
         ("version", "gkd-dsl"),
@@ -49,7 +72,7 @@ def model_card(card: Mapping[str, Any], spec_text: str, architecture: str, param
             facts.append((title, str(card[key])))
     lines += ["| | |", "|---|---|", *(f"| {title} | {text} |" for title, text in facts if text), ""]
     lines += _metrics(card.get("metrics"))
-    lines += ["## Use", "", "```python", *_usage(architecture, pooling), "```", ""]
+    lines += ["## Use", "", "```python", *_usage(architecture, pooling, base), "```", ""]
     fence = "`" * max(3, _longest_run(spec_text) + 1)
     lines += ["## Specification", "", fence, spec_text.rstrip("\n"), fence, ""]
     return "\n".join(lines)
@@ -69,7 +92,7 @@ def _metrics(metrics: object) -> list[str]:
     return [*lines, ""]
 
 
-def _usage(architecture: str, pooling: str | None) -> list[str]:
+def _usage(architecture: str, pooling: str | None, base: Base | None = None) -> list[str]:
     if pooling:
         return [
             "from sentence_transformers import SentenceTransformer",
@@ -85,6 +108,16 @@ def _usage(architecture: str, pooling: str | None) -> list[str]:
     ):
         if architecture.endswith(ending):
             auto = name
+    if base is not None:
+        told = "".join(f", {name}={value!r}" for name, value in base.arguments.items())
+        return [
+            "from peft import PeftModel",
+            f"from transformers import AutoTokenizer, {auto}",
+            "",
+            'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")',
+            f"base = {auto}.from_pretrained({json.dumps(base.place)}{told})",
+            'model = PeftModel.from_pretrained(base, "path/to/this/folder")',
+        ]
     return [
         f"from transformers import AutoTokenizer, {auto}",
         "",

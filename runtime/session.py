@@ -16,12 +16,14 @@ from gkd_dsl.graph.passes import compile_plan
 from gkd_dsl.graph.plan import Apply, SpecPlan, StagePlan
 from gkd_dsl.meaning.check import Checked
 from gkd_dsl.meaning.resolved import resolved_text
+from gkd_dsl.models.info import ModelInfo
 from gkd_dsl.runtime.backends.make import make_backend
 from gkd_dsl.runtime.compare import Comparison, compare
 from gkd_dsl.runtime.errors import CANNOT_RUN, RunError
 from gkd_dsl.runtime.export import export
 from gkd_dsl.runtime.logs import evaluations
 from gkd_dsl.runtime.loop import Loader
+from gkd_dsl.runtime.models import adapters
 from gkd_dsl.runtime.models.load import load_tokenizer
 from gkd_dsl.runtime.models.vocabulary import expanded, saved_map
 from gkd_dsl.runtime.records import Listener
@@ -135,12 +137,14 @@ def finish(
     # Where a teacher is what was trained there is nothing beside it.
     held_out = _some(loader) if measure and teacher is not None and names and names[0] != teacher else []
     if teacher is not None and held_out:
-        comparison = compare(
-            {teacher: result.models[teacher], names[0]: result.models[names[0]]},
-            held_out,
-            metrics=_shown(before.get(last.name, {}), after),
-            folders=_folders(plan, teacher, names[0], exports),
-        )
+        # An adapter is timed as it is exported.
+        with adapters.merged(*(result.models[n] for n in (teacher, names[0]) if not _alone(checked.models[n].info))):
+            comparison = compare(
+                {teacher: result.models[teacher], names[0]: result.models[names[0]]},
+                held_out,
+                metrics=_shown(before.get(last.name, {}), after),
+                folders=_folders(plan, teacher, names[0], exports),
+            )
         folder.write_json("comparison.json", comparison.to_json())
     return Outcome(folder.path, exports, result.metrics, before, comparison, result)
 
@@ -185,6 +189,7 @@ def export_model(
             "student": info.location,
             "data": list(dict.fromkeys(s.stage.source.kind for s in plan.stages if s.stage.source is not None)),
             "metrics": dict(metrics or {}),
+            "adapter": adapters.in_words(info),
             "vocabulary": f"{kept.count:,} of {kept.full:,} ids kept; the others repeat their rows" if kept else None,
             "version": version("gkd-dsl"),
             "date": date.today().isoformat(),
@@ -193,6 +198,7 @@ def export_model(
         pooling=_pooling(last, name),
         max_length=last.stage.max_length,
         vocabulary=saved_map(model),
+        adapter=info if _alone(info) else None,
     )
 
 
@@ -214,6 +220,11 @@ def about(folder: Path) -> dict[str, Any]:
         return json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RunError(CANNOT_RUN, f"{folder} is not a run folder", f"it has no readable {_ABOUT}") from error
+
+
+def _alone(info: ModelInfo) -> bool:
+    """Whether a model is exported as an adapter for saved weights."""
+    return info.build.lora is not None and info.build.lora.export == "adapter"
 
 
 def _pooling(stage: StagePlan, name: str) -> Literal["mean", "cls", "last"] | None:
@@ -253,7 +264,8 @@ def _folders(plan: SpecPlan, teacher: str, student: str, exports: Mapping[str, P
     """Where the weights of both are on the disk."""
     infos = {node.name: node.info for stage in plan.stages for node in stage.models}
     trained = {target.name for stage in plan.stages for target in stage.stage.trains if target.kind == "model"}
-    found: dict[str, str | Path] = {student: exports[student]}
+    # An adapter alone is not all that its model takes on the disk.
+    found: dict[str, str | Path] = {} if _alone(infos[student]) else {student: exports[student]}
     path = infos[teacher].path
     if path is not None and teacher not in trained and infos[teacher].build.kind == "hf":
         found[teacher] = path

@@ -144,7 +144,15 @@ def _report(result: Checked, outcome: Outcome, *, json: bool) -> None:
     typer.echo(f"run      {outcome.folder}")
     for name, path in outcome.exports.items():
         typer.echo(f"{name:8} {path}")
-        typer.echo(f'to use   {_loads(result, name)}.from_pretrained("{path}")')
+        typer.echo(f"to use   {_use(result, name, path)}")
+
+
+def _use(result: Checked, name: str, path: Path) -> str:
+    """What loads an export in Python; an adapter is put on its base, as the model card says."""
+    held = result.models[name].info.build.lora
+    if held is not None and held.export == "adapter":
+        return f'peft.PeftModel.from_pretrained(base, "{path}"), with the base of {path}/README.md'
+    return f'{_loads(result, name)}.from_pretrained("{path}")'
 
 
 def _loads(result: Checked, name: str) -> str:
@@ -205,4 +213,4 @@ def export(
 
         path, name = export_run(result, folder, checkpoint, to, model)
     typer.echo(f"{name:8} {path}")
-    typer.echo(f'to use   {_loads(result, name)}.from_pretrained("{path}")')
+    typer.echo(f"to use   {_use(result, name, path)}")

@@ -546,7 +546,9 @@ def _models(graph: nx.MultiDiGraph, stages: tuple[StagePlan, ...]) -> tuple[Mode
 def _made(model: ModelNode) -> str:
     kept = model.info.build.kept
     part = f", keeping {kept.count:,} of {kept.full:,} ids" if kept is not None else ""
-    return _way(model) + part
+    held = model.info.build.lora
+    adapter = f", with LoRA of rank {held.r} on {', '.join(held.targets)}" if held is not None else ""
+    return _way(model) + part + adapter
 
 
 def _way(model: ModelNode) -> str:

@@ -12,7 +12,7 @@ from gkd_dsl.graph.plan import HeadPlan, SpecPlan, StagePlan
 from gkd_dsl.graph.stored import refusals, sparse_keys, student_task, temperatures
 from gkd_dsl.planning import parameters
 from gkd_dsl.planning.blocks import Shape
-from gkd_dsl.planning.layout import STREAMED, Placed, Setup, Trained, frozen, trained
+from gkd_dsl.planning.layout import HALF, STREAMED, Placed, Setup, Trained, frozen, in_chunks, trained
 from gkd_dsl.planning.ledger import Ledger
 from gkd_dsl.planning.machine import Machine
 from gkd_dsl.planning.simulate import Micro, Model, depth
@@ -187,16 +187,13 @@ def _model(stage: StagePlan, node: ModelNode, setup: Setup, machine: Machine) ->
     count = found.count
     if setup.backend != "gemini":
         return Model(node, what, Placed(node.name, "resident", count, what.count, 4 * count, exact=found.exact))
-    ranks = setup.ranks(machine)
-    own = count / ranks if setup.shard_param_frac > 0 else count
-    away = setup.offload_param_frac
-    block = parameters.part(node.info, "layer.0").count if found.exact else found.largest
-    placed = Placed(
-        node.name, "gemini", count, what.count, round(2 * own * (1 - away)), round(2 * own * away * ranks),
-        2 * max(2 * block, found.largest), round(2 * own * away),
-        round(2 * count * (ranks - 1) / ranks) if setup.shard_param_frac > 0 else 0, found.exact,
-    )  # fmt: skip
-    return Model(node, what, placed)
+    shard, away, _ = setup.shares(stage.stage, what.count)
+    least = min(what.count, setup.chunk)
+    inside = in_chunks(what.count, setup.ranks(machine), shard, away)
+    # What is frozen of it stays whole on each device.
+    inside["device"] += HALF * (count - what.count)
+    work = HALF * (max(what.largest, least) + least) if shard else 0
+    return Model(node, what, Placed(node.name, "gemini", count, what.count, work=work, exact=found.exact, **inside))
 
 
 def _share(stage: StagePlan, node: ModelNode) -> float:
@@ -251,8 +248,9 @@ def _state(stage: StagePlan, setup: Setup, machine: Machine, optimised: int) -> 
     """Bytes of the optimiser on a device: its moments, and in Gemini the fp32 weights, its share of them."""
     if setup.backend != "gemini":
         return 4 * _moments(stage) * optimised
-    own = optimised / setup.ranks(machine) * (1 - setup.offload_optim_frac)
-    return round(4 * (1 + _moments(stage)) * own)
+    shard, _, away = setup.shares(stage.stage, optimised)
+    own = optimised / setup.ranks(machine) if shard else optimised
+    return round(4 * (1 + _moments(stage)) * own * (1 - away))
 
 
 def _micro(
@@ -267,8 +265,8 @@ def _micro(
 ) -> None:
     cast = 0
     if setup.half and setup.backend != "gemini":
-        # Autocast keeps its copies of weights that have a gradient until the backward is over.
-        cast = 2 * sum(model.placed.count for model in models.values() if model.trained.count)
+        # Autocast keeps its copies of matrices that have a gradient until the backward is over.
+        cast = HALF * sum(_graded(stage, model) for model in models.values() if model.trained.count)
     ledger.add("weights", cast)
     step = Micro(stage, models, setup, shape, ledger)
     step.forward()
@@ -276,6 +274,24 @@ def _micro(
     ledger.add("weights", -cast)
     if not grown and setup.backend != "gemini":
         ledger.add("gradients", 4 * extra)
+
+
+def _graded(stage: StagePlan, model: Model) -> int:
+    """Numbers in the products of a trained model's forward: with adapters theirs alone; embeddings are looked up."""
+    info = model.node.info
+    if info.build.lora is not None:
+        return model.trained.count
+    found = parameters.parameters(info)
+    if not found.exact:
+        return found.count
+    taps = [tap.path for forward in stage.forwards if forward.model == model.node.name for tap in forward.taps]
+    head = (info.size("V") or 0) * (info.size("E") or info.size("H") or 0)
+    language = info.task in ("causal_lm", "masked_lm")
+    count = found.count - found.vectors - parameters.part(info, "embed").count
+    if not language or any(path.kind == "logits" for path in taps):
+        return count + head * (language and parameters.tied(info))
+    # Fused with its losses the head is cast there.
+    return count - head * (not parameters.tied(info))
 
 
 def _optimize(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,14 +18,25 @@ STREAMED = ("offload", "disk")
 FULL, HALF = 4, 2
 """Bytes of a weight in fp32, and of one in half precision."""
 
+CHUNK = 32 * 2**20
+"""Gemini's least chunk, in numbers; what is smaller in all stays whole in every process."""
+
+ALL = (1.0, 1.0)
+"""Of a model in Gemini's chunks: all of it sharded, and all of that in host memory."""
+
 
 @dataclass(frozen=True)
 class Setup:
-    """How a spec is run. `split` divides each micro-batch further, `merge` takes several as one; the fractions
-    are Gemini's. `top_k` is
-    how many logits of a row a cached model has, where that is said.
+    """How a spec is run.
 
-    `placement` holds the models that are placed otherwise than the backend has it by itself.
+    half       whether forwards are run in half precision; `precision` is which
+    placement  the models that are placed otherwise than the backend has it by itself
+    shard_param_frac, offload_optim_frac, offload_param_frac  Gemini's, for what a stage trains
+    split, merge  divides each micro-batch further; takes several as one
+    top_k      how many logits of a row a cached model has, where that is said
+    chunks     of models in Gemini's chunks the shares that are sharded, and offloaded, where they are not all
+    chunk      Gemini's least chunk, in numbers
+    halved     the models that take two bytes a number in half precision; None for all that are loaded
     """
 
     backend: str = "local"
@@ -39,6 +50,10 @@ class Setup:
     split: int = 1
     merge: int = 1
     top_k: tuple[tuple[str, int], ...] = ()
+    chunks: tuple[tuple[str, float, float], ...] = ()
+    precision: str = field(default="bf16", compare=False)
+    chunk: int = field(default=CHUNK, compare=False)
+    halved: tuple[str, ...] | None = field(default=None, compare=False)
 
     @classmethod
     def of(cls, plan: SpecPlan) -> Setup:
@@ -48,9 +63,10 @@ class Setup:
         placed = {
             name.removesuffix(".placement"): str(value) for name, value in given.items() if name.endswith(".placement")
         }
+        precision = str(given.get("precision", "fp32"))
         return cls(
             backend,
-            str(given.get("precision", "fp32")) != "fp32" or backend == "gemini",
+            precision != "fp32" or backend == "gemini",
             bool(given.get("checkpoint", False)),
             str(given.get("fuse_logits", "auto")) != "off",
             tuple(sorted(placed.items())),
@@ -58,6 +74,10 @@ class Setup:
             float(given.get("offload_optim_frac", 0.0)),
             float(given.get("offload_param_frac", 0.0)),
             top_k=tuple((n.removesuffix(".top_k"), int(v)) for n, v in given.items() if n.endswith(".top_k")),
+            chunks=tuple(sorted(_chunks(given, [name for name, place in placed.items() if place == "gemini"]))),
+            precision=precision if precision != "fp32" else "bf16",
+            chunk=round(float(given.get("min_chunk_size_m", CHUNK / 2**20)) * 2**20),
+            halved=halved_models(plan),
         )
 
     def placed(self, model: str) -> str:
@@ -67,7 +87,37 @@ class Setup:
     def placing(self, models: Iterable[str], where: str) -> Setup:
         """The same with some models elsewhere."""
         found = {**dict(self.placement), **dict.fromkeys(models, where)}
-        return replace(self, placement=tuple(sorted((k, v) for k, v in found.items() if v != "resident")))
+        chunks = tuple(item for item in self.chunks if found.get(item[0]) == "gemini")
+        return replace(
+            self, placement=tuple(sorted((k, v) for k, v in found.items() if v != "resident")), chunks=chunks
+        )
+
+    def offloading(self, models: Iterable[str], share: float) -> Setup:
+        """The same with a share of some models' chunks in host memory."""
+        found = {name: (shard, offload) for name, shard, offload in self.chunks}
+        found |= dict.fromkeys(models, (1.0, share))
+        return replace(self, chunks=tuple(sorted((k, *v) for k, v in found.items() if v != ALL)))
+
+    def shares(self, stage: StageNode, count: int) -> tuple[float, float, float]:
+        """Of what a stage trains under Gemini, so many numbers: the shares sharded, offloaded, and of the optimiser's
+        state offloaded.
+
+        What is less than a chunk stays whole on every device; parameters are offloaded only with all of the rest.
+        """
+        if count < self.chunk and self.micro(stage) == 1:
+            return 0.0, 0.0, 0.0
+        away = self.offload_param_frac if self.shard_param_frac == self.offload_optim_frac == 1.0 else 0.0
+        return self.shard_param_frac, away, self.offload_optim_frac
+
+    def fractions(self, model: str) -> tuple[float, float]:
+        """The shares of a model in Gemini's chunks that are sharded, and offloaded."""
+        return next(((shard, offload) for name, shard, offload in self.chunks if name == model), ALL)
+
+    def holds_half(self, node: ModelNode) -> bool:
+        """Whether a model that is trained nowhere takes two bytes a number."""
+        build = node.info.build
+        made = build.kind in ("hf", "random") and build.kept is None and node.info.quantised is None
+        return self.half and made and (self.halved is None or node.name in self.halved)
 
     def ranks(self, machine: Machine) -> int:
         """Processes that share a step."""
@@ -88,16 +138,25 @@ def halved_models(plan: SpecPlan) -> tuple[str, ...]:
     A model that is copied from another one, or is quantised, has its weights as it is made.
     """
     trained = {target.name for stage in plan.stages for target in stage.stage.trains if target.kind == "model"}
-    nodes = {node.name: node.info.build for stage in plan.stages for node in stage.models}
+    nodes = {node.name: node.info for stage in plan.stages for node in stage.models}
     return tuple(
         name
-        for name, build in nodes.items()
+        for name, info in nodes.items()
         if name not in trained
-        and build.kind in ("hf", "random")
-        and build.kept is None
-        and build.lora is None
-        and build.quantised is None
+        and info.build.kind in ("hf", "random")
+        and info.build.kept is None
+        and info.build.lora is None
+        and info.quantised is None
     )
+
+
+def _chunks(given: Mapping[str, Any], models: Iterable[str]) -> Iterator[tuple[str, float, float]]:
+    for name in models:
+        shard = float(given.get(f"{name}.shard_param_frac", 1.0))
+        # Gemini offloads parameters only where all of them are sharded.
+        offload = float(given.get(f"{name}.offload_param_frac", 1.0)) if shard == 1.0 else 0.0
+        if (shard, offload) != ALL:
+            yield name, shard, offload
 
 
 @dataclass(frozen=True)
@@ -116,11 +175,13 @@ def trained(stage: StagePlan, node: ModelNode) -> Trained:
     """What a stage trains of a model."""
     names: dict[str, int] = {}
     first = (node.info.size("N") or 0) + 1
+    # Adapters are in the blocks, so that no gradient goes on to the embeddings.
+    lowest = 0 if node.info.build.lora is None else 1
     largest = 0
     for target in stage.stage.trains:
         if target.kind != "model" or target.name != node.name:
             continue
-        found = parameters.part(node.info, target.part)
+        found = parameters.trained(node.info, target.part)
         largest = max(largest, found.largest)
         for name, shape in found.shapes:
             size = 1
@@ -128,10 +189,10 @@ def trained(stage: StagePlan, node: ModelNode) -> Trained:
                 size *= axis
             names[name] = size
         where = target.part or "body"
-        first = min(
-            first,
-            int(where.removeprefix("layer.")) + 1 if where.startswith("layer.") else first if where == "head" else 0,
-        )
+        if where.startswith("layer."):
+            first = min(first, int(where.removeprefix("layer.")) + 1)
+        elif where != "head":
+            first = min(first, lowest)
     return Trained(sum(names.values()), largest, first if names else 0)
 
 
@@ -163,38 +224,56 @@ def frozen(node: ModelNode, setup: Setup, machine: Machine, share: float = 1.0) 
     count, where = found.count, setup.placed(node.name)
     ranks = setup.ranks(machine)
     layers = node.info.size("N") or 0
-    block = parameters.part(node.info, "layer.0").count if found.exact and layers else count
-    embeddings = parameters.part(node.info, "embed").count if found.exact else 0
+    block = parameters.part(node.info, "layer.0") if found.exact and layers else found
+    half = setup.holds_half(node)
     if where == "cached":
         return Placed(node.name, where, count, exact=found.exact)
     if node.info.quantised is not None:
         return Placed(node.name, where, count, device=weight_bytes(node.info, FULL), exact=found.exact)
     if where in STREAMED:
-        return _streamed(node, where, ranks, block * layers if found.exact else count, block, share)
+        return _streamed(node, where, ranks, half, layers if found.exact else 1, block, share)
     if where == "gemini":
-        own = count / ranks if setup.shard_param_frac > 0 else count
-        offloaded = setup.offload_param_frac
-        gathered = round(2 * count * share * (ranks - 1) / ranks) if setup.shard_param_frac > 0 else 0
+        shard, offload = setup.fractions(node.name)
+        least = min(count, setup.chunk)
+        largest = max(found.largest, least) if found.exact else max(least, count // max(1, layers))
         return Placed(
-            node.name, where, count, device=round(2 * own * (1 - offloaded)), host=round(2 * own * offloaded * ranks),
-            work=2 * max(2 * block, embeddings, found.largest), moved=round(2 * own * offloaded * share),
-            gathered=gathered, exact=found.exact,
+            node.name, where, count, exact=found.exact, work=HALF * (largest + least),
+            **in_chunks(count, ranks, shard, offload, share),
         )  # fmt: skip
-    return Placed(node.name, where, count, device=FULL * count, exact=found.exact)
+    return Placed(node.name, where, count, device=weights(found, half), exact=found.exact)
 
 
-def _streamed(node: ModelNode, where: str, ranks: int, inside: int, block: int, share: float) -> Placed:
+def in_chunks(count: int, ranks: int, shard: float, offload: float, share: float = 1.0) -> dict[str, int]:
+    """Bytes of so many numbers in Gemini's chunks: on a device, in the host, moved, gathered."""
+    own = HALF * count * (1 - shard + shard / ranks)
+    return {
+        "device": round(own * (1 - offload)),
+        "host": round(own * offload * ranks),
+        "moved": round(own * offload * share),
+        "gathered": round(HALF * count * shard * share * (ranks - 1) / ranks),
+    }
+
+
+def weights(found: parameters.Parameters, half: bool) -> int:
+    """Bytes of parameters in memory: in half precision two for each number of a matrix, four for one of a vector."""
+    return HALF * (found.count + found.vectors) if half else FULL * found.count
+
+
+def _streamed(
+    node: ModelNode, where: str, ranks: int, half: bool, layers: int, block: parameters.Parameters, share: float
+) -> Placed:
     """A model whose blocks pass through the device, two at a time; what is in no block stays there.
 
     From disk the pages that are read are the system's to keep or drop.
     """
     found = parameters.parameters(node.info)
-    outside = found.count - inside
-    ran = max(0, round(found.count * share) - outside)
-    host = FULL * inside * ranks if where == "offload" else 2 * FULL * block * ranks
+    one, whole = weights(block, half), weights(found, half)
+    outside = whole - layers * one
+    ran = max(0.0, found.count * share - (found.count - layers * block.count)) / max(1, layers * block.count)
+    host = layers * one * ranks if where == "offload" else 2 * one * ranks
     return Placed(
-        node.name, where, found.count, device=FULL * outside, host=host, work=2 * FULL * block, moved=FULL * ran,
-        read=saved_width(node) * ran if where == "disk" else 0, exact=found.exact,
+        node.name, where, found.count, device=outside, host=host, work=2 * one, moved=round(layers * one * ran),
+        read=round(saved_width(node) * layers * block.count * ran) if where == "disk" else 0, exact=found.exact,
     )  # fmt: skip
 
 

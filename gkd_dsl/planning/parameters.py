@@ -12,7 +12,9 @@ from gkd_dsl.graph.nodes import PolicyNode, ProjectNode
 from gkd_dsl.models.errors import ModelError
 from gkd_dsl.models.families import FAMILIES
 from gkd_dsl.models.info import ModelInfo
+from gkd_dsl.models.lora import selected_modules
 from gkd_dsl.models.resolve import part_modules
+from gkd_dsl.planning.adapters import is_trained, with_adapters
 
 Shape = tuple[int, ...]
 Named = Iterator[tuple[str, Shape]]
@@ -32,6 +34,11 @@ class Parameters:
     def count(self) -> int:
         """How many numbers."""
         return sum(math.prod(shape) for _, shape in self.shapes)
+
+    @cached_property
+    def vectors(self) -> int:
+        """How many of them are in vectors: biases, and the weights of norms."""
+        return sum(shape[0] for _, shape in self.shapes if len(shape) == 1) if self.exact else 0
 
     @cached_property
     def largest(self) -> int:
@@ -63,13 +70,14 @@ def parameters(info: ModelInfo) -> Parameters:
     """All parameters of a model."""
     family = FAMILIES.get(info.family or "")
     if family is None:
-        return _usual(info)
+        usual = _usual(info)
+        return Parameters(tuple(with_adapters(info, usual.shapes)), exact=False)
     body = {
         "bert": _bert, "roberta": _bert, "distilbert": _distilbert, "mobilebert": _mobilebert, "gpt2": _gpt2,
     }.get(family.name, _decoder)  # fmt: skip
     prefix = "" if info.task == "encoder" else f"{family.prefix}."
     found = [(prefix + name, shape) for name, shape in body(info)]
-    return Parameters((*found, *_head(info)))
+    return Parameters(tuple(with_adapters(info, (*found, *_head(info)))))
 
 
 @lru_cache(maxsize=1024)
@@ -91,6 +99,19 @@ def part(info: ModelInfo, name: str | None) -> Parameters:
         shared = [item for item in whole.shapes if item[0].endswith(words)]
         return Parameters((*found.shapes, *shared))
     return found
+
+
+@lru_cache(maxsize=1024)
+def trained(info: ModelInfo, name: str | None) -> Parameters:
+    """What a stage trains that trains a part of a model: all of it or, with adapters, what is not frozen."""
+    if info.build.lora is None:
+        return part(info, name)
+    whole = parameters(info)
+    modules: tuple[str, ...] = ("",)
+    if name is not None and whole.exact and (name != "head" or info.task != "encoder"):
+        modules = selected_modules(info, name)
+    found = whole.under(modules)
+    return Parameters(tuple(item for item in found.shapes if is_trained(info, item[0])), whole.exact)
 
 
 def tied(info: ModelInfo) -> bool:

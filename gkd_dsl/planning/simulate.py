@@ -286,7 +286,7 @@ def _gradient_parts(model: Model, ran: int) -> list[int]:
     found = parameters.parameters(info)
     if not found.exact or not layers:
         return [0] * (ran + 1) + [trained_.count]
-    block = parameters.part(info, "layer.0").count
+    block = parameters.trained(info, "layer.0").count
     first = max(0, trained_.first - 1)
     own = [block if index >= first else 0 for index in range(ran)]
     left = max(0, trained_.count - block * max(0, layers - first))

@@ -142,10 +142,11 @@ def effective(root: nn.Module, name: str, weight: Tensor) -> Tensor:
     return rows.T if turned else rows
 
 
-def write(model: PreTrainedModel, info: ModelInfo, folder: Path) -> dict[str, Any]:
-    """Write what is trained as `peft.PeftModel.from_pretrained(base, folder)` reads it; gives what tells of the base.
+def write(model: PreTrainedModel, info: ModelInfo, folder: Path) -> tuple[str, dict[str, Any]]:
+    """Write what is trained as `peft.PeftModel.from_pretrained(base, folder)` reads it.
 
-    The modules that train whole are peft's `modules_to_save`.
+    The modules that train whole are peft's `modules_to_save`. Gives the place of the base, and what its
+    `from_pretrained` has to be told.
     """
     from safetensors.torch import save_file
 
@@ -162,7 +163,17 @@ def write(model: PreTrainedModel, info: ModelInfo, folder: Path) -> dict[str, An
     config.modules_to_save = sorted({_module_to_save(name, info) for name in whole}) or None
     config.inference_mode = True
     config.save_pretrained(str(folder))
-    return {"base": place, "arguments": _arguments(info)}
+    return place, _arguments(info)
+
+
+def in_words(info: ModelInfo) -> str | None:
+    """What is trained beside the frozen weights, for a model card; None where nothing is."""
+    held = info.build.lora
+    if held is None:
+        return None
+    kind = "".join((f"LoRA of rank {held.r}", " (rank-stabilised)" * held.rslora, " with DoRA" * held.dora))
+    where = "apart from the weights" if held.export == "adapter" else "merged into the weights"
+    return f"{kind}, alpha {held.alpha:g}, on {', '.join(held.targets)}; {where}"
 
 
 def base_of(info: ModelInfo) -> tuple[str, str | None]:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from gkd_dsl.graph.nodes import OptimSpec, SourceSpec, StageNode
 from gkd_dsl.models.errors import ModelError
 from gkd_dsl.models.info import Kept
+from gkd_dsl.runtime.models.adapters import merged
 from gkd_dsl.schedules import Span
 
 _CHUNK = 1024
@@ -131,7 +132,8 @@ def expanded(model: PreTrainedModel) -> PreTrainedModel:
         return model
     config = type(model.config).from_dict(model.config.to_dict() | {"vocab_size": len(found.rows)})
     full = type(model)(config).to(device=model.device, dtype=model.dtype)  # type: ignore[call-arg]
-    _fill(model, full, found.rows.to("cpu"))
+    with merged(model):
+        _fill(model, full, found.rows.to("cpu"))
     return full.eval()
 
 
