@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from gkd_dsl.runtime.models.load import load_tokenizer
 from gkd_dsl.runtime.teachers.parts import Layout
 from gkd_dsl.runtime.teachers.store import MANIFEST
 
+_SINCE = ("lora", "quantised", "stored")
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _RELATIVE = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
 """The families whose outputs do not hang on how much padding stands before a text; GPT-2 is told the positions."""
@@ -40,13 +41,14 @@ def identity(
             f"texts are padded on the left, where the outputs of `{node.name}` hang on the rows beside",
             "take a tokenizer whose padding_side is right",
         )
-    info = node.info
+    info, head = node.info, node.info.architecture
     return {
         "model": info.location,
         "model config": _digest(
-            {"config": info.config, "build": repr(replace(info.build, path=None)), "head": info.architecture}
+            {"config": info.config, "build": _text(replace(info.build, path=None, quantised=None)), "head": head}
         ),
         "weights": _weights(info),
+        "quantisation": str(info.quantised) if info.quantised is not None else "none",
         "seed of new weights": seed if _new_weights(info) else "any",
         "tokenizer": tokenizer_digest(load_tokenizer(reader.info)),
         "vocabulary": reader.info.size("V"),
@@ -105,6 +107,18 @@ def _new_weights(info: ModelInfo) -> bool:
     """Whether some of its weights may be drawn from the seed: a head that the saved model lacks, or all of them."""
     saved = info.config.get("architectures") or [info.architecture]
     return info.build.kind != "hf" or info.architecture not in saved or "num_labels" in dict(info.build.overrides)
+
+
+def _text(value: Any) -> str:
+    """As `repr`, without fields that are None and came after manifests had been written: these stay readable."""
+    if not is_dataclass(value):
+        return repr(value)
+    inner = [
+        f"{item.name}={_text(getattr(value, item.name))}"
+        for item in fields(value)
+        if item.repr and (item.name not in _SINCE or getattr(value, item.name) is not None)
+    ]
+    return f"{type(value).__qualname__}({', '.join(inner)})"
 
 
 def _digest(value: Any) -> str:

@@ -22,6 +22,8 @@ MANIFEST = "manifest.json"
 SHARD_BYTES = 64 * 2**20
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "int32": torch.int32, "bool": torch.bool}
 _HINT = "make it again with `gkd cache`"
+_BEFORE = {"quantisation": "none"}
+"""Fields that earlier manifests lack, and what is said by that."""
 
 
 @dataclass(frozen=True)
@@ -271,7 +273,7 @@ def refuse_other(stored: Mapping[str, Any], wanted: Mapping[str, Any], folder: P
     A field that is None here is not known here, and is not compared.
     """
     for name, value in wanted.items():
-        if value is not None and stored.get(name) != value:
+        if value is not None and stored.get(name, _BEFORE.get(name)) != value:
             raise RunError(
                 CACHE,
                 f"the stored teacher {folder} is of another run: {name} is {_short(stored.get(name))} there and "
