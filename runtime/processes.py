@@ -19,6 +19,8 @@ T = TypeVar("T")
 _NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # One process may read and tokenise data for as long, while the others wait.
 _PATIENCE = timedelta(hours=4)
+# Before that they only have to be started.
+_MEETING = timedelta(minutes=15)
 
 
 @dataclass(frozen=True)
@@ -35,14 +37,14 @@ class Processes:
 
         Raises RunError where the environment is incomplete.
         """
-        if int(os.environ.get("WORLD_SIZE", "1") or 1) == 1:
+        if (_number("WORLD_SIZE") or 1) == 1:
             return cls()
         missing = [name for name in _NEEDED if not os.environ.get(name)]
         if missing:
             hint = "start it by `gkd run --processes N` or torchrun"
             raise RunError(CANNOT_RUN, f"WORLD_SIZE is set, and {missing[0]} is not", hint)
-        rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        return cls(rank, count, int(os.environ.get("LOCAL_RANK", rank)))
+        rank, count, local = (_number(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+        return cls(rank or 0, count or 1, local if local is not None else rank or 0)
 
     @property
     def main(self) -> bool:
@@ -55,9 +57,24 @@ class Processes:
             return
         transport = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         # A process that is alone needs no address.
-        store = dist.HashStore() if self.count == 1 else None
+        store = dist.HashStore() if self.count == 1 else self._meet()
         with collective():
             dist.init_process_group(transport, rank=self.rank, world_size=self.count, timeout=_PATIENCE, store=store)
+
+    def _meet(self) -> Any:
+        """The store over which the processes find each other. Raises RunError where they do not."""
+        try:
+            store, *_ = next(dist.rendezvous("env://", self.rank, self.count, timeout=_MEETING))
+        except (RuntimeError, ValueError) as error:
+            place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            why = str(error).strip().partition("\n")[0]
+            raise RunError(
+                CANNOT_RUN,
+                f"process {self.rank} of {self.count} cannot meet the others at {place}: {why}",
+                "start all of them, under an address that all of them reach and a MASTER_PORT that nothing else has",
+            ) from error
+        store.set_timeout(_PATIENCE)
+        return store
 
     def any(self, flag: bool) -> bool:
         """Whether any process says so."""
@@ -103,6 +120,17 @@ class Processes:
         yield
         if self.main:
             self.wait()
+
+
+def _number(name: str) -> int | None:
+    """A number of the environment; None where it is not said. Raises RunError for what is no number."""
+    text = os.environ.get(name)
+    if not text:
+        return None
+    if not text.isdecimal():
+        hint = "start it by `gkd run --processes N` or torchrun"
+        raise RunError(CANNOT_RUN, f"{name} in the environment is {text!r}, and has to be a number", hint)
+    return int(text)
 
 
 _CPU_GROUP: list[Any] = []
