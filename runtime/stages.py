@@ -33,8 +33,8 @@ from gkd_dsl.runtime.policy import Policy, make_policies
 from gkd_dsl.runtime.records import EvaluateRecord, Listener, StageRecord, StepRecord
 from gkd_dsl.runtime.run_folder import RunFolder
 from gkd_dsl.runtime.step import StepModule, make_projections
+from gkd_dsl.runtime.teachers.base import TeacherSource
 from gkd_dsl.runtime.teachers.make import Made, Place, Placement, make_teachers, placements
-from gkd_dsl.runtime.teachers.streamed import StreamedTeachers
 
 _PLAN = "plan.json"
 Loaders = Callable[[StagePlan], Loader]
@@ -203,7 +203,7 @@ class Run:
         made = make_teachers(plan, self._placements, self.loader(plan), at)
         for name, placement in self._placements.items():
             # A student that starts from its weights has them by now.
-            if placement.place in ("cached", "disk"):
+            if placement.place in ("cached", "disk", "gemini"):
                 self.models.pop(name, None)
                 self._changed.discard(name)
         return made
@@ -279,8 +279,8 @@ class Run:
             return
         kept = {node.name for stage in later for node in stage.models} | self._changed
         kept |= {base for name in kept if (base := self._infos[name].build.base) and name not in self.models}
-        for name in self.models.keys() - kept:
-            del self.models[name]
+        for name in (self.models.keys() | self._streamed.keys()) - kept:
+            self.models.pop(name, None)
             self._streamed.pop(name, None)
 
     def make_projections(self, plan: StagePlan) -> None:

@@ -11,7 +11,8 @@ from gkd_dsl.meaning.scope import Scope
 from gkd_dsl.sources import task_of
 from gkd_dsl.syntax import ast
 
-_STREAMED = ("offload", "disk")
+_STREAMED = ("offload", "disk", "gemini")
+_IN_CHUNKS = ("shard_param_frac", "offload_param_frac")
 
 
 def check(ctx: Context, scope: Scope, decl: ast.Runtime) -> None:
@@ -19,8 +20,10 @@ def check(ctx: Context, scope: Scope, decl: ast.Runtime) -> None:
     placed = [stmt for stmt in decl.body if isinstance(stmt, ast.Placement)]
     blocks = [(stmt, {setting.name.text: setting for setting in stmt.body}) for stmt in placed]
     wanted = [(stmt, settings) for stmt, settings in blocks if _word(settings, "placement") not in (None, "resident")]
+    backend = _word({stmt.name.text: stmt for stmt in decl.body if isinstance(stmt, ast.Setting)}, "backend")
     for stmt, settings in blocks:
         _folder(ctx, scope, stmt, settings)
+        _chunks(ctx, scope, stmt, settings, backend)
     if not wanted or not ctx.diagnostics.ok:
         return
     plan = compile_plan(ctx.builder.graph)
@@ -51,6 +54,34 @@ def _folder(ctx: Context, scope: Scope, stmt: ast.Placement, settings: dict[str,
         )  # fmt: skip
 
 
+def _chunks(
+    ctx: Context, scope: Scope, stmt: ast.Placement, settings: dict[str, ast.Setting], backend: str | None
+) -> None:
+    """Chunks are the gemini backend's, and their settings are for models in chunks."""
+    name = stmt.name.text
+    written = [settings[key] for key in _IN_CHUNKS if key in settings]
+    if _word(settings, "placement") != "gemini":
+        for setting in written:
+            ctx.error(
+                scope, "E0421", f"`{setting.name.text}` is read with `placement = gemini` alone", setting.span,
+                f"`{name}` has another place",
+            )  # fmt: skip
+    elif backend != "gemini":
+        ctx.error(
+            scope, "E0421", f"`{name}` is placed in Gemini's chunks, and the backend is {backend or 'local'}",
+            settings["placement"].span, "chunks are the gemini backend's", notes=["or write `backend = gemini`"],
+            fix=replace(settings["placement"].value.span, "offload") if not written else None,
+        )  # fmt: skip
+    elif len(written) == 2:
+        shard, offload = (setting.value for setting in written)
+        numbers = isinstance(shard, ast.Number) and isinstance(offload, ast.Number)
+        if numbers and shard.value < 1 and offload.value > 0:
+            ctx.error(
+                scope, "E0421", "Gemini offloads parameters only where all of them are shared out", written[1].span,
+                f"`shard_param_frac` is {shard.value:g}", fix=replace(offload.span, "0.0"),
+            )  # fmt: skip
+
+
 def _cached(ctx: Context, scope: Scope, stmt: ast.Placement, settings: dict[str, ast.Setting], plan: SpecPlan) -> None:
     asked = settings["top_k"].value if "top_k" in settings else None
     top_k = int(asked.value) if isinstance(asked, ast.Number) else None
@@ -74,7 +105,9 @@ def _help(reason: str) -> list[str]:
 def _streamed(
     ctx: Context, scope: Scope, stmt: ast.Placement, settings: dict[str, ast.Setting], plan: SpecPlan
 ) -> None:
-    name = stmt.name.text
+    name, chunks = stmt.name.text, _word(settings, "placement") == "gemini"
+    how = "held in Gemini's chunks" if chunks else "streamed by block"
+    made_from = _bases(plan, name) if chunks else set()
     for stage in plan.stages:
         forwards = [*stage.forwards, *(forward for item in stage.metrics for forward in item.forwards)]
         reason = None
@@ -84,12 +117,25 @@ def _streamed(
             reason = f"stage `{stage.name}` exchanges blocks with another model"
         elif any(forward.grad and forward.model == name for forward in forwards):
             reason = f"stage `{stage.name}` takes a gradient through it"
+        elif base := next((t.name for t in stage.stage.trains if t.kind == "model" and t.name in made_from), None):
+            reason = f"it is made from `{base}`, which stage `{stage.name}` trains"
         if reason is not None:
             ctx.error(
-                scope, "E0432", f"`{name}` cannot be streamed by block: {reason}", settings["placement"].span,
+                scope, "E0432", f"`{name}` cannot be {how}: {reason}", settings["placement"].span,
                 "placed here", fix=replace(settings["placement"].value.span, "resident"),
             )  # fmt: skip
             return
+
+
+def _bases(plan: SpecPlan, name: str) -> set[str]:
+    """The models of a spec that a model starts from. Not saved, it is made anew when a run goes on."""
+    infos = {node.name: node.info for stage in plan.stages for node in stage.models}
+    found: set[str] = set()
+    info = infos.get(name)
+    while info is not None and (base := info.build.base) is not None:
+        found.add(base)
+        info = infos.get(base, info.build.origin)
+    return found
 
 
 def _task(stage: StagePlan) -> str:

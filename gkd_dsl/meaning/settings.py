@@ -67,11 +67,12 @@ PLACEMENT: Mapping[str, SettingRule] = {
         "word",
         "where the weights live",
         ("resident", "offload", "disk", "gemini", "cached"),
-        later=("gemini",),
     ),
     "cache": SettingRule("folder", "`auto`, `off` or a folder with its stored outputs", ("off", "auto")),
     "top_k": SettingRule("int", "how many logits of a row are stored (0: all)", low=0, high=10_000_000),
     "tail": SettingRule("word", "the mass of the logits that are not stored", ("bucket", "renormalise")),
+    "shard_param_frac": SettingRule("float", "share of the model that each process holds a part of", low=0, high=1),
+    "offload_param_frac": SettingRule("float", "share of the model in host memory", low=0, high=1),
 }
 
 LATER_RUNTIME = ("tensor_parallel",)

@@ -21,6 +21,7 @@ from gkd_dsl.runtime.models.tapper import plain
 from gkd_dsl.runtime.optim import groups_of
 from gkd_dsl.runtime.processes import Processes
 from gkd_dsl.runtime.step import Batch, StepModule, StepOutput
+from gkd_dsl.runtime.teachers.live import LiveTeachers
 from gkd_dsl.schedules import Clock
 
 T = TypeVar("T")
@@ -30,7 +31,7 @@ _OURS = ("backend", "precision", "device", "checkpoint", "fuse_logits")
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without what ColossalAI warns of when it is imported: kernels and libraries that Gemini does not use."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -39,7 +40,7 @@ def _quiet() -> Iterator[None]:
 
 def kernels() -> str:
     """Which AdamW Gemini has here, and why. Raises ImportError without ColossalAI."""
-    with _quiet():
+    with quiet():
         from gkd_dsl.runtime.backends.gemini_adam import CPUAdamLoader, why_not_built
     reason = why_not_built(CPUAdamLoader)
     if reason is None:
@@ -52,7 +53,7 @@ def plugin_arguments(runtime: Sequence[tuple[str, AttrValue]]) -> dict[str, Any]
     return {name: value for name, value in runtime if name not in _OURS and "." not in name}
 
 
-class _Inside(nn.Module):
+class Inside(nn.Module):
     """Runs a function inside the wrapped module, where a parameter is fetched as it is read."""
 
     def __init__(self, step: nn.Module) -> None:
@@ -78,7 +79,7 @@ class GeminiBackend(DdpBackend):
     ) -> None:
         """Meet the other processes. Raises RunError where ColossalAI or a GPU is missing."""
         try:
-            with _quiet():
+            with quiet():
                 from colossalai.accelerator import get_accelerator
         except ImportError as error:
             hint = "`gkd doctor` says how to install it"
@@ -103,7 +104,7 @@ class GeminiBackend(DdpBackend):
 
     def begin(self, step: StepModule, optim: OptimSpec) -> None:
         """Take a stage's step: what it trains goes into chunks."""
-        with _quiet():
+        with quiet():
             from colossalai.booster import Booster
             from colossalai.booster.plugin import GeminiPlugin
 
@@ -111,7 +112,7 @@ class GeminiBackend(DdpBackend):
 
         if optim.name != "adamw":
             raise RunError(CANNOT_RUN, f"`backend = gemini` has no `{optim.name}`", "write `optim = adamw(...)`")
-        for model in getattr(step.teachers, "models", {}).values():
+        for model in _resident(step.teachers):
             model.to(self.device)
         super().begin(step, optim)
         # Where a stage accumulates, gradients need chunks of their own.
@@ -128,7 +129,7 @@ class GeminiBackend(DdpBackend):
             enable_async_reduce=self._real,
             **arguments,
         )
-        inside = _Inside(step)
+        inside = Inside(step)
         self._before = {parameter: parameter.data for parameter in inside.parameters()}
         buffers = {buffer: buffer.data for buffer in inside.buffers() if buffer.is_floating_point()}
         groups = [{**group, "params": list(group["params"])} for group in groups_of(optim, self._named)]
@@ -303,6 +304,15 @@ class GeminiBackend(DdpBackend):
             changed[id(chunk)] = chunk
         for chunk in changed.values():
             chunk.optim_update()
+
+
+def _resident(teachers: Any) -> Iterator[nn.Module]:
+    """The models that are whole in memory behind a source of taps."""
+    if isinstance(teachers, LiveTeachers):
+        yield from teachers.models.values()
+    for inner in (getattr(teachers, "inner", None), *getattr(teachers, "sources", {}).values()):
+        if inner is not None:
+            yield from _resident(inner)
 
 
 def _leaves(loss: Tensor) -> set[int]:

@@ -34,12 +34,18 @@ _NOT_STORED = ("off", "auto")
 
 @dataclass(frozen=True)
 class Placement:
-    """The settings of a model in the runtime block. `cache` is `off`, `auto` or a folder."""
+    """The settings of a model in the runtime block. `cache` is `off`, `auto` or a folder.
+
+    Of a model in Gemini's chunks `shard_param_frac` is each process's part alone; `offload_param_frac` (all, unless
+    chunks are kept whole) is in host memory.
+    """
 
     place: str = "resident"
     cache: str = "off"
     top_k: int | None = None
     tail: str = "bucket"
+    shard_param_frac: float = 1.0
+    offload_param_frac: float | None = None
 
 
 def placements(runtime: tuple[tuple[str, AttrValue], ...]) -> dict[str, Placement]:
@@ -101,7 +107,8 @@ def make_teachers(plan: StagePlan, placed: Mapping[str, Placement], loader: Any,
     models: dict[str, PreTrainedModel] = {}
     sources: dict[str, TeacherSource] = {}
     layouts: dict[str, Layout] = {}
-    for node in plan.models:
+    # Chunks take the weights of a model, which another that starts from them has to have by then.
+    for node in sorted(plan.models, key=lambda node: placed.get(node.name, Placement()).place == "gemini"):
         how = placed.get(node.name, Placement())
         if node.name in trained or (how.place == "resident" and how.cache == "off"):
             models[node.name] = at.model(node.name)
@@ -202,15 +209,26 @@ def _filling(
 
 
 def _in_memory(node: ModelNode, how: Placement, at: Place, models: dict[str, PreTrainedModel]) -> TeacherSource:
-    if how.place in ("offload", "disk"):
+    if how.place in ("offload", "disk", "gemini"):
         if node.name not in at.streamed:
-            at.streamed[node.name] = _streamed(node, how, at)
-        models[node.name] = at.streamed[node.name].model
-        return at.streamed[node.name]
-    if how.place != "resident":
-        raise RunError(CANNOT_RUN, f"`placement = {how.place}` is not in this version")
+            at.streamed[node.name] = _in_chunks(node, how, at) if how.place == "gemini" else _streamed(node, how, at)
+        found = at.streamed[node.name]
+        if isinstance(found, StreamedTeachers):
+            models[node.name] = found.model
+        return found
     models[node.name] = at.model(node.name)
     return LiveTeachers([node], models)
+
+
+def _in_chunks(node: ModelNode, how: Placement, at: Place) -> TeacherSource:
+    from gkd_dsl.runtime.teachers.gemini import GeminiTeachers
+
+    offload = how.offload_param_frac
+    if offload is None:
+        offload = 1.0 if how.shard_param_frac == 1.0 else 0.0
+    return GeminiTeachers(
+        node, lambda: at.model(node.name), shard=how.shard_param_frac, offload=offload, chunks=at.chunks
+    )
 
 
 def _streamed(node: ModelNode, how: Placement, at: Place) -> StreamedTeachers:

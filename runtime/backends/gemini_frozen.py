@@ -1,0 +1,103 @@
+"""GeminiDDP around a model that nothing trains: bf16 chunks, no masters, no gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from colossalai.accelerator import get_accelerator
+from colossalai.tensor.colo_parameter import ColoParameter
+from colossalai.tensor.param_op_hook import ColoParamOpHook
+from colossalai.zero import GeminiDDP
+from colossalai.zero.gemini.gemini_mgr import GeminiManager
+from torch import Tensor, nn
+
+Find = Callable[[nn.Parameter], Tensor | None]
+"""The value of a parameter that has none yet; None for one that has."""
+
+
+class FrozenInChunks(GeminiDDP):
+    """A module whose parameters are shared out over the processes, from host memory as far as they are offloaded.
+
+    A parameter gets the value that `find` gives when its turn comes: of a model that is read so, a process never
+    holds more than its part, one chunk and one parameter.
+    """
+
+    def __init__(self, module: nn.Module, find: Find, *, shard: float, offload: float, **settings: Any) -> None:
+        self._find = find
+        buffers = {buffer: buffer.data for buffer in module.buffers() if buffer.is_floating_point()}
+        for parameter in module.parameters():
+            # What has no gradient at this moment is left out of the chunks.
+            parameter.requires_grad_(True)
+        size = sum(parameter.numel() for parameter in module.parameters())
+        # What is smaller than one chunk would stay whole in every process.
+        least = min(size / 2**20, float(settings.pop("min_chunk_size_m", 32.0)))
+        super().__init__(
+            module,
+            placement_policy="static",
+            shard_param_frac=shard,
+            # Without an optimiser this means nothing; the offload of parameters is read where it is 1.
+            offload_optim_frac=1.0,
+            offload_param_frac=offload,
+            mixed_precision=torch.bfloat16,
+            master_weights=False,
+            enable_async_reduce=False,
+            min_chunk_size_m=least,
+            **settings,
+        )
+        self.hooks.append(_VectorsInFp32())
+        self.remove_hooks()
+        for parameter in module.parameters():
+            parameter.requires_grad_(False)
+        device = get_accelerator().get_current_device()
+        for buffer, value in buffers.items():
+            # Tables of positions lose too much in bf16.
+            buffer.data = value.to(device)
+        # Its own is remembered for good, by what was asked first: that would keep a model that is let go.
+        manager = self.gemini_manager
+        manager._get_layout_info = partial(GeminiManager._get_layout_info.__wrapped__, manager)
+        self._find = _nothing
+
+    def _preprocess_param(self, p: nn.Parameter) -> None:
+        """Give an empty parameter its value, then make it one that chunks can hold."""
+        value = self._find(p)
+        if value is not None:
+            p.data = value
+        super()._preprocess_param(p)
+
+    def held(self) -> int:
+        """The bytes of parameters that this process has now, in chunks or out of them."""
+        parts = [chunk.payload for chunk in self.chunk_manager.get_chunks(self.fp16_params)]
+        # While the module runs, whatever is asked of a parameter would fetch it.
+        with torch._C.DisableTorchFunctionSubclass():
+            stores = [tensor.untyped_storage() for tensor in (*self.module.parameters(), *parts)]
+        there = {store.data_ptr(): store.nbytes() for store in stores if store.nbytes()}
+        return sum(there.values())
+
+
+class _VectorsInFp32(ColoParamOpHook):
+    """Gives operations biases and the weights of norms in fp32, as a model in half precision has them in memory."""
+
+    def pre_forward(self, params: list[Tensor]) -> None:
+        """Nothing to fetch."""
+
+    post_forward = pre_backward = post_backward = pre_forward
+
+    def rewrite_op(self, func: Callable[..., Any]) -> Callable[..., Any]:
+        """The operation on what is read so."""
+        return lambda *args, **kwargs: func(*map(_read, args), **{name: _read(value) for name, value in kwargs.items()})
+
+
+def _read(value: Any) -> Any:
+    return value.float() if isinstance(value, ColoParameter) and value.ndim == 1 else value
+
+
+def empty(shape: torch.Size) -> nn.Parameter:
+    """A parameter of this shape that takes no memory."""
+    return nn.Parameter(torch.zeros((), dtype=torch.bfloat16).expand(shape))
+
+
+def _nothing(parameter: nn.Parameter) -> Tensor | None:
+    return None
