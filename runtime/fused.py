@@ -50,7 +50,8 @@ class FusedLosses:
     def there(self, head: HeadPlan) -> bool:
         """Whether the head is a plain linear map in memory: no adapter, no quantised weight, no hook of others."""
         module = self._heads(head.model, head.module)
-        return type(module) is nn.Linear and not module._forward_hooks and not module._forward_pre_hooks
+        plain = type(module) is nn.Linear and not hasattr(module.weight, "__tensor_flatten__")
+        return plain and not module._forward_hooks and not module._forward_pre_hooks
 
     def plan(self, plan: StagePlan) -> StagePlan:
         """The plan as it is run: with what can be fused.
