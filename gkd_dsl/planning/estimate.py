@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 
-from gkd_dsl.graph.nodes import ModelNode
+from gkd_dsl.graph.nodes import ModelNode, StageNode
 from gkd_dsl.graph.passes.fuse import fuse
 from gkd_dsl.graph.passes.sparse import TopK, sparse
 from gkd_dsl.graph.plan import HeadPlan, SpecPlan, StagePlan
@@ -55,14 +55,12 @@ class StageEstimate:
         """The peak of the host."""
         return sum(count for _, count in self.host)
 
-    def fits(self, machine: Machine) -> bool:
-        """Whether the machine has that much; without a GPU both are in one memory."""
+    def fits(self, machine: Machine, margin: float = 0.0) -> bool:
+        """Whether the machine has that much, and a share of it more; without a GPU both are in one memory."""
+        room = 1 - ROOM - margin
         if machine.kind == "cpu":
-            return self.device_bytes + self.host_bytes <= (1 - ROOM) * machine.host_memory
-        return (
-            self.device_bytes <= (1 - ROOM) * machine.device_memory
-            and self.host_bytes <= (1 - ROOM) * machine.host_memory
-        )
+            return self.device_bytes + self.host_bytes <= room * machine.host_memory
+        return self.device_bytes <= room * machine.device_memory and self.host_bytes <= room * machine.host_memory
 
     def as_dict(self, machine: Machine) -> dict[str, object]:
         """For JSON."""
@@ -118,19 +116,21 @@ def estimate_stage(
         shape.length,
         tuple(ledger.parts().items()),
         ledger.moment,
-        tuple(_host(models, setup, _moments(stage)).items()),
+        tuple(_host(models, setup, _moments(stage), stage.stage).items()),
         work(stage, models, setup, shape, machine),
     )
 
 
-def seconds_of(plan: SpecPlan, machine: Machine, setup: Setup) -> float:
-    """The least time of one step of every stage."""
-    total = 0.0
+def seconds_of(plan: SpecPlan, machine: Machine, setup: Setup) -> tuple[float, float]:
+    """The least time of one step of every stage, and the time of its arithmetic and traffic one after the other."""
+    total, all_of_it = 0.0, 0.0
     for stage in plan.stages:
         models = {node.name: _model(stage, node, setup, machine) for node in stage.models}
         shape = Shape(setup.rows(stage.stage, machine), length_of(stage), setup.half, machine.kind == "cpu")
-        total += work(stage, models, setup, shape, machine).seconds(machine)
-    return total
+        found = work(stage, models, setup, shape, machine)
+        total += found.seconds(machine)
+        all_of_it += found.summed(machine)
+    return total, all_of_it
 
 
 def least_bytes(plan: SpecPlan, machine: Machine, setup: Setup) -> int:
@@ -248,8 +248,8 @@ def _state(stage: StagePlan, setup: Setup, machine: Machine, optimised: int) -> 
     """Bytes of the optimiser on a device: its moments, and in Gemini the fp32 weights, its share of them."""
     if setup.backend != "gemini":
         return 4 * _moments(stage) * optimised
-    shard, _, away = setup.shares(stage.stage, optimised)
-    own = optimised / setup.ranks(machine) if shard else optimised
+    *_, away = setup.shares(stage.stage, optimised)
+    own = optimised if setup.small(stage.stage, optimised) else optimised / setup.ranks(machine)
     return round(4 * (1 + _moments(stage)) * own * (1 - away))
 
 
@@ -310,14 +310,15 @@ def _optimize(
     ledger.mark("the optimizer", optimizer=4 * (2 * largest if shape.cpu else optimised))
 
 
-def _host(models: Mapping[str, Model], setup: Setup, moments: int) -> dict[str, int]:
+def _host(models: Mapping[str, Model], setup: Setup, moments: int, stage: StageNode) -> dict[str, int]:
     found: dict[str, int] = {}
     for model in models.values():
         if model.placed.host:
             found[f"{model.placed.name} weights"] = model.placed.host
-    if setup.backend == "gemini" and setup.offload_optim_frac:
+    if setup.backend == "gemini":
         count = sum(model.trained.count for model in models.values())
-        found["optimizer"] = round(4 * (1 + moments) * count * setup.offload_optim_frac)
+        *_, away = setup.shares(stage, count)
+        found |= {"optimizer": round(4 * (1 + moments) * count * away)} if away else {}
     return found
 
 

@@ -99,15 +99,17 @@ class Setup:
         return replace(self, chunks=tuple(sorted((k, *v) for k, v in found.items() if v != ALL)))
 
     def shares(self, stage: StageNode, count: int) -> tuple[float, float, float]:
-        """Of what a stage trains under Gemini, so many numbers: the shares sharded, offloaded, and of the optimiser's
-        state offloaded.
-
-        What is less than a chunk stays whole on every device; parameters are offloaded only with all of the rest.
+        """Of what a stage trains under Gemini, so many numbers: the shares of the parameters that are sharded and
+        offloaded, and that of the optimiser's state that is offloaded. Parameters are so only with all of the state.
         """
-        if count < self.chunk and self.micro(stage) == 1:
+        if self.small(stage, count):
             return 0.0, 0.0, 0.0
         away = self.offload_param_frac if self.shard_param_frac == self.offload_optim_frac == 1.0 else 0.0
         return self.shard_param_frac, away, self.offload_optim_frac
+
+    def small(self, stage: StageNode, count: int) -> bool:
+        """Whether so many trained numbers are less than a chunk of Gemini: they stay whole on every device."""
+        return count < self.chunk and self.micro(stage) == 1
 
     def fractions(self, model: str) -> tuple[float, float]:
         """The shares of a model in Gemini's chunks that are sharded, and offloaded."""

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 
 from gkd_dsl.graph.plan import SpecPlan
 from gkd_dsl.planning.estimate import ROOM, StageEstimate, estimate
-from gkd_dsl.planning.layout import Placed, Setup
+from gkd_dsl.planning.layout import ALL, Placed, Setup
 from gkd_dsl.planning.machine import Machine
 from gkd_dsl.planning.search import Proposal, cheapest
 from gkd_dsl.planning.units import in_bytes, in_count, in_rate, in_seconds
 
+_SHARES = {"shard_param_frac": 1.0, "offload_optim_frac": 0.0, "offload_param_frac": 0.0}
+_CHUNKS = ("search_range_m", "min_chunk_size_m", "hidden_dim", "max_prefetch", "pin_memory")
 _WORDS = {"optimizer": "optimiser"}
 _HEAD = ("model", "parameters", "trained", "lives", "each device", "host", "moved a pass")
 
@@ -94,6 +96,12 @@ class Report:
         yield ""
         time = f"a step takes at least {in_seconds(seconds)}, {_bound(found, self.machine)}"
         yield f"{what} {in_bytes(need)}{also}; {time}."
+        most = max(found.stages, key=lambda stage: stage.device_bytes)
+        yield f"  {_parts((*most.device, *most.host) if self.machine.kind == 'cpu' else most.device)}"
+        if found.setup.backend != "local" and self.setup.backend == "local":
+            yield f"Start it with `gkd run SPEC --processes {self.machine.devices}`."
+            if found.setup.backend == "gemini":
+                yield "Gemini is part of ColossalAI: `gkd doctor` says whether it is installed."
         if found.cached:
             yield "The teacher's outputs are stored before the run, on a machine where it runs: `gkd cache SPEC`."
 
@@ -133,20 +141,32 @@ def block(plan: SpecPlan, before: Setup, after: Setup) -> str:
     roles = {node.name: node.role for stage in plan.stages for node in stage.models}
     for name, where in after.placement:
         role = roles.get(name, "model")
-        if where != "cached":
+        shares = dict(zip(("shard_param_frac", "offload_param_frac"), after.fractions(name), strict=True))
+        if where == "gemini" and after.fractions(name) != ALL:
+            own = [f"    {key} = {value}" for key, value in shares.items() if value != 1.0]
+            lines += [f"  {role} {name} {{", "    placement = gemini", *own, "  }"]
+        elif where != "cached":
             lines.append(f"  {role} {name} {{ placement = {where} }}")
-            continue
-        folder = dict(plan.runtime).get(f"{name}.cache", f"outputs/{name}")
-        lines += [f"  {role} {name} {{", "    placement = cached", f'    cache = "{folder}"', "  }"]
+        else:
+            lines += [f"  {role} {name} {{", "    placement = cached", *_stored(plan, name), "  }"]
     return "\n".join([*lines, "}"])
+
+
+def _stored(plan: SpecPlan, name: str) -> Iterator[str]:
+    """The folder of a model's stored outputs, and what the spec says of how they are kept."""
+    given = dict(plan.runtime)
+    folder = given.get(f"{name}.cache", "off")
+    yield f'    cache = "{folder if folder not in ("off", "auto") else f"outputs/{name}"}"'
+    yield from (f"    {key} = {given[f'{name}.{key}']}" for key in ("top_k", "tail") if f"{name}.{key}" in given)
 
 
 def _settings(plan: SpecPlan, setup: Setup) -> Iterator[str]:
     given = dict(plan.runtime)
+    same = setup.backend == given.get("backend", "local")
     if setup.backend != "local":
         yield f"backend = {setup.backend}"
     if setup.half:
-        yield "precision = bf16"
+        yield f"precision = {setup.precision}"
     if "device" in given:
         yield f"device = {given['device']}"
     if setup.checkpoint:
@@ -154,8 +174,15 @@ def _settings(plan: SpecPlan, setup: Setup) -> Iterator[str]:
     if not setup.fuse:
         yield "fuse_logits = off"
     if setup.backend == "gemini":
-        for name in ("shard_param_frac", "offload_optim_frac", "offload_param_frac"):
-            yield f"{name} = {getattr(setup, name)}"
+        for name, usual in _SHARES.items():
+            if getattr(setup, name) != usual:
+                yield f"{name} = {getattr(setup, name)}"
+        # How chunks are searched for and moved goes on as it is.
+        yield from (f"{name} = {_written(given[name])}" for name in _CHUNKS if same and name in given)
+
+
+def _written(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _stage(stage: StageEstimate, roles: Mapping[str, str], machine: Machine) -> Iterator[str]:

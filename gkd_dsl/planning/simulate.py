@@ -117,7 +117,12 @@ class Micro:
         self.ledger.mark(f"the logits of {forward.model}")
 
     def _casts(self, model: Model) -> bool:
-        return self.setup.half and self.setup.backend != "gemini" and model.placed.where not in ("gemini", "cached")
+        """Whether autocast makes copies of its weights that go at once: those of a trained one are kept and counted."""
+        there = model.placed.where not in ("gemini", "cached")
+        return self.setup.half and there and not model.trained.count and not self._is_half(model)
+
+    def _is_half(self, model: Model) -> bool:
+        return not model.trained.count and self.setup.holds_half(model.node)
 
     def _take(self, tap: TapPlan) -> None:
         logits = tap.path.kind == "logits"
@@ -206,7 +211,9 @@ class Micro:
         words = heads[0].size("V") or 1
         tiles = len(heads) * min(tile, words * self.shape.tokens * self.shape.element)
         rows = sum(self.shape.tokens * (info.size("H") or 1) * self.shape.element for info in heads)
-        casts = sum(2 * (info.size("V") or 1) * (info.size("H") or 1) for info in heads) if self.setup.half else 0
+        cast = [self.models[head.model] for head in (step.student, *step.teachers)] if self.setup.half else []
+        cast = [model for model in cast if model.placed.where != "gemini" and not self._is_half(model)]
+        casts = sum(2 * (m.node.info.size("V") or 1) * (m.node.info.size("H") or 1) for m in cast)
         work = operators.WORK * min(
             operators.BLOCK["cpu" if self.shape.cpu else "cuda"], FULL * words * self.shape.tokens
         )

@@ -49,7 +49,14 @@ class Work:
 
     def seconds(self, machine: Machine) -> float:
         """The least time of a step, arithmetic and traffic all at once."""
-        return max(
+        return max(self._times(machine))
+
+    def summed(self, machine: Machine) -> float:
+        """The time of the arithmetic and of all traffic, one after the other."""
+        return sum(self._times(machine))
+
+    def _times(self, machine: Machine) -> tuple[float, ...]:
+        return (
             self.compute_seconds(machine),
             self.link_seconds(machine),
             self.between_seconds(machine),

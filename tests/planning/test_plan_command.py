@@ -1,10 +1,11 @@
 import json
+import re
 import resource
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from itertools import pairwise
-from math import log2
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,11 @@ from gkd_dsl.cli.main import application
 from gkd_dsl.graph.passes import compile_plan
 from gkd_dsl.meaning.check import check_path
 from gkd_dsl.planning import units
-from gkd_dsl.planning.estimate import estimate
+from gkd_dsl.planning.estimate import estimate, seconds_of
 from gkd_dsl.planning.layout import Setup
 from gkd_dsl.planning.machine import Machine, this_machine
 from gkd_dsl.planning.report import block, report
-from gkd_dsl.planning.search import _options, _ordered, changes, cheapest
+from gkd_dsl.planning.search import _options, _ordered, changes, cheapest, weigh
 
 ROOT = Path(__file__).resolve().parents[2]
 SPEC = ROOT / "examples" / "large" / "distil.gkd"
@@ -38,8 +39,9 @@ def run(*words):
     return CliRunner().invoke(application("plan"), ["plan", *words])
 
 
-@pytest.mark.parametrize("teacher", SIZES)
-@pytest.mark.parametrize("machine", [EIGHT, ONE])
+@pytest.mark.parametrize(
+    ("teacher", "machine"), [(t, m) for t in SIZES for m in (EIGHT, ONE) if (t, m) != ("10b", ONE)]
+)
 def test_large_teachers_do_not_fit_as_they_are_and_fit_with_the_change(teacher, machine):
     plan = plan_of(teacher)
     found = report("distil.gkd", plan, machine)
@@ -67,7 +69,7 @@ def test_a_teacher_larger_than_the_host_is_read_from_disk_and_says_what_bounds_a
 
 
 def test_a_machine_that_is_large_enough_needs_no_change():
-    found = report("distil.gkd", plan_of("10b"), replace(ONE, device_memory=141 * GIB))
+    found = report("distil.gkd", plan_of("10b"), ONE)
     assert found.fits
     assert found.proposal is None
     assert found.text().endswith("It fits.")
@@ -78,6 +80,93 @@ def test_nothing_fits_a_tiny_machine():
     assert not found.fits
     assert found.proposal is None
     assert "No change of the runtime block that was tried makes it fit." in found.text()
+
+
+def pasted(text, source):
+    """A spec with the lines of a proposal in the place of its own."""
+    head, _, block_ = text.rpartition("runtime {")
+    source = source[: source.rindex("\nruntime {")] if "\nruntime {" in source else source
+    for name, value in re.findall(r"(batch_size|accumulate) = (\d+)", head):
+        source = re.sub(rf"{name} = \d+", f"{name} = {value}", source)
+    return f"{source}\nruntime {{{block_}\n"
+
+
+@pytest.mark.parametrize("teacher", SIZES)
+@pytest.mark.parametrize("machine", [EIGHT, ONE, replace(EIGHT, host_memory=1024 * GIB), replace(ONE, devices=2)])
+def test_a_proposal_that_is_pasted_back_checks_and_fits(teacher, machine, tmp_path):
+    found = report("distil.gkd", plan_of(teacher), machine)
+    if found.proposal is None:
+        assert found.fits
+        return
+    shutil.copytree(SPEC.parent, tmp_path / "large")
+    path = tmp_path / "large" / "distil.gkd"
+    path.write_text(pasted(block(found.plan, found.setup, found.proposal.setup), SPEC.read_text()))
+    checked = check_path(path, params={"teacher": teacher})
+    assert checked.ok, [diagnostic.message for diagnostic in checked.diagnostics]
+    assert not checked.later
+    again = report("distil.gkd", compile_plan(checked.graph, runtime=checked.runtime), machine)
+    assert again.fits
+    assert [s.device_bytes for s in again.stages] == [s.device_bytes for s in found.proposal.stages]
+    assert [s.host_bytes for s in again.stages] == [s.host_bytes for s in found.proposal.stages]
+    assert sum(s.work.seconds(machine) for s in again.stages) == pytest.approx(found.proposal.seconds)
+
+
+@pytest.mark.parametrize("teacher", SIZES)
+def test_arithmetic_is_six_operations_a_weight_and_token_for_the_student_and_two_for_the_teacher(teacher):
+    found = estimate(plan_of(teacher), ONE)[0]
+    tokens = 8 * 4 * 2048
+    flops = dict(found.work.flops)
+    for name, times, count in (("t", 2, SIZES[teacher]), ("s", 6, 1_235_814_400)):
+        assert flops[name] >= 0.9 * times * count * tokens
+        # Attention over all pairs, and no more than that, comes on top.
+        assert flops[name] <= 1.2 * times * count * tokens
+
+
+def test_bytes_of_a_parameter_by_hand(tmp_path):
+    """What a device holds before a step: fp32 weights, moments; in bf16 the frozen teacher two bytes a matrix."""
+    plan = plan_of(path=write(tmp_path, "runtime { precision = bf16 }"))
+    found = estimate(plan, ONE)[0]
+    models = {model.name: model for model in found.models}
+    # A norm before attention, one before the feed-forward part, and the last.
+    vectors = {"t": 64 * (2 * 8 + 1), "s": 64 * (2 * 2 + 1)}
+    assert models["t"].device == 2 * models["t"].count + 2 * vectors["t"]
+    assert models["s"].device == 4 * models["s"].count
+    assert dict(found.device)["optimizer"] == 8 * models["s"].count
+    # Autocast keeps a copy of what the student's products take; the head is fused, embeddings are looked up.
+    copies = 2 * (models["s"].count - vectors["s"] - 2 * 500 * 64)
+    assert dict(found.device)["weights"] == models["t"].device + models["s"].device + copies
+    plain = estimate(plan_of(path=write(tmp_path, "")), ONE)[0]
+    assert next(m.device for m in plain.models if m.name == "t") == 4 * models["t"].count
+
+
+def test_checkpointing_comes_first_where_it_is_enough_and_nothing_else_is_as_cheap(tmp_path):
+    path = write(tmp_path, "", batch_size="1", accumulate="1")
+    text = (
+        path.read_text()
+        .replace("  minimize soft", "  minimize soft\n  max_length = 1024")
+        .replace('hf("./s")', 'hf("./t")')
+    )
+    path.write_text(text.replace('teacher t = hf("./t")', 'teacher t = hf("./s")'))
+    plan = plan_of(path=path)
+    need = estimate(plan, ONE)[0].device_bytes
+    only = replace(Setup.of(plan), half=True)
+    machine = replace(ONE, device_memory=round(0.8 * estimate(plan, ONE, only)[0].device_bytes))
+    found = cheapest(plan, machine, Setup.of(plan))
+    assert found is not None
+    assert found.setup.checkpoint
+    assert found.setup.backend == "local"
+    assert need > machine.device_memory
+
+
+def test_ddp_is_proposed_where_the_rows_can_be_shared_out(tmp_path):
+    plan = plan_of(path=write(tmp_path, "", batch_size="12", accumulate="1"))
+    for devices, even in ((4, True), (8, False)):
+        machine = replace(EIGHT, devices=devices)
+        backends = {
+            setup.backend
+            for _, setup in _ordered(plan, machine, Setup.of(plan), _options(plan, machine, Setup.of(plan)))
+        }
+        assert backends == ({"local", "ddp", "gemini"} if even else {"local"})
 
 
 def test_the_block_is_what_the_proposal_says(tmp_path):
@@ -153,15 +242,29 @@ def test_options_are_tried_in_the_order_of_the_steps_time():
     place = [setup for _, setup in tried].index(found.setup)
     assert 0 < place < len(tried) - 1
     for _, setup in tried[:place]:
-        assert not all(stage.fits(ONE) for stage in estimate(plan, ONE, setup))
-    times = [seconds * (1 + 0.02 * log2(setup.split)) for seconds, setup in tried]
+        assert not all(stage.fits(ONE, 0.05) for stage in estimate(plan, ONE, setup))
+    times = [weigh(*seconds_of(plan, ONE, setup), setup) for _, setup in tried]
     assert all(later >= 0.99 * earlier for earlier, later in pairwise(times))
     assert changes(current, current) == 0
     assert changes(current, found.setup) >= 1
 
 
+def test_a_change_that_just_fits_is_taken_where_none_leaves_more_free(tmp_path):
+    plan = plan_of(path=write(tmp_path, ""))
+    least = min(
+        estimate(plan, ONE, setup)[0].device_bytes
+        for _, setup in _ordered(plan, ONE, Setup.of(plan), _options(plan, ONE, Setup.of(plan)))
+    )
+    machine = replace(ONE, device_memory=round(least / 0.94))
+    found = cheapest(plan, machine, Setup.of(plan))
+    assert found is not None
+    assert found.stages[0].fits(machine)
+    assert not found.stages[0].fits(machine, 0.05)
+
+
 def test_a_teacher_that_fits_nowhere_is_cached():
-    found = report("distil.gkd", plan_of("405b"), EIGHT)
+    # Of its blocks none fits beside the student, and its embeddings do not either.
+    found = report("distil.gkd", plan_of("405b"), replace(ONE, device_memory=24 * GIB))
     assert found.proposal is not None
     assert found.proposal.cached
     assert "`gkd cache SPEC`" in found.text()
@@ -214,13 +317,45 @@ def test_a_cached_teacher_is_nowhere(tmp_path):
 
 
 def test_gemini_by_the_table_of_bytes(tmp_path):
-    setup = Setup("gemini", half=True, placement=(("t", "gemini"),), offload_optim_frac=0.5, offload_param_frac=0.25)
+    setup = Setup("gemini", half=True, placement=(("t", "gemini"),), offload_optim_frac=0.5, chunk=1000)
+    setup = setup.offloading(["t"], 0.25)
     found = estimate(plan_of(path=write(tmp_path, "")), EIGHT, setup)[0]
     models = {model.name: model for model in found.models}
     assert models["t"].device == pytest.approx(2 * models["t"].count / 8 * 0.75, abs=1)
     assert models["t"].host == pytest.approx(2 * models["t"].count * 0.25, abs=1)
+    assert models["t"].moved == pytest.approx(models["t"].host / 8, abs=1)
+    assert models["t"].gathered == pytest.approx(2 * models["t"].count * 7 / 8, abs=1)
+    assert models["s"].device == pytest.approx(2 * models["s"].count / 8, abs=1)
     assert dict(found.host)["optimizer"] == 12 * models["s"].count / 2
     assert dict(found.device)["optimizer"] == pytest.approx(12 * models["s"].count / 8 / 2, abs=1)
+    # All of it in host memory unless that is said, and in what is not sharded none.
+    whole = estimate(plan_of(path=write(tmp_path, "")), EIGHT, replace(setup, chunks=()))[0]
+    assert next(model.host for model in whole.models if model.name == "t") == 2 * models["t"].count
+    kept = replace(setup, chunks=(("t", 0.5, 0.0),))
+    half = estimate(plan_of(path=write(tmp_path, "")), EIGHT, kept)[0]
+    assert next(m.device for m in half.models if m.name == "t") == pytest.approx(
+        2 * models["t"].count * (0.5 + 0.5 / 8), abs=1
+    )
+
+
+def test_a_student_smaller_than_a_chunk_stays_whole_under_gemini(tmp_path):
+    one = plan_of(path=write(tmp_path, "", accumulate="1"))
+    found = estimate(one, EIGHT, Setup("gemini", half=True, offload_optim_frac=1.0))[0]
+    student = next(model for model in found.models if model.name == "s")
+    assert student.device == 2 * student.count
+    assert dict(found.device)["optimizer"] == 12 * student.count
+    assert "optimizer" not in dict(found.host)
+
+
+def test_parameters_are_offloaded_only_with_all_of_the_optimizer(tmp_path):
+    plan = plan_of(path=write(tmp_path, ""))
+    for optim, expected in ((0.5, 0.0), (1.0, 0.5)):
+        setup = Setup("gemini", half=True, offload_optim_frac=optim, offload_param_frac=0.5, chunk=1000)
+        student = next(m for m in estimate(plan, EIGHT, setup)[0].models if m.name == "s")
+        assert student.host == pytest.approx(2 * student.count * expected, abs=8)
+    tried = [setup for _, setup in _ordered(plan, EIGHT, Setup.of(plan), _options(plan, EIGHT, Setup.of(plan)))]
+    assert any(setup.offload_param_frac for setup in tried)
+    assert all(setup.offload_optim_frac == 1.0 for setup in tried if setup.offload_param_frac)
 
 
 def test_more_rows_need_more_and_checkpointing_less(tmp_path):
