@@ -33,7 +33,10 @@ def with_adapter(model: PreTrainedModel, folder: str, name: str) -> PreTrainedMo
     """
     peft = _library(name)
     try:
-        return peft.PeftModel.from_pretrained(model, folder).merge_and_unload()
+        with warnings.catch_warnings():
+            # Names of transformers that will change: nothing that a user could do.
+            warnings.simplefilter("ignore", FutureWarning)
+            return peft.PeftModel.from_pretrained(model, folder).merge_and_unload()
     except Exception as error:  # peft raises what its readers and torch raise
         raise ModelError(
             f'the adapter {folder} does not fit "{name}": {_first_line(error)}', "is it one of another model?"
