@@ -41,7 +41,7 @@ def adapted(ctx: Context, scope: Scope, info: ModelInfo, expr: ast.Expr) -> Mode
     name = expr.func.id if isinstance(expr, ast.Call) and isinstance(expr.func, ast.Name) else None
     if not isinstance(expr, ast.Call) or name not in _FORMS:
         word = name or (expr.id if isinstance(expr, ast.Name) else "")
-        label, near = suggest(word, _FORMS)
+        label, near = ("it is called", word) if word in _FORMS else suggest(word, _FORMS)
         fix = None
         if near is not None:
             fix = written(expr.func.span, near) if isinstance(expr, ast.Call) else written(expr.span, f"{near}()")
