@@ -40,6 +40,7 @@ from gkd_dsl.sources import COMMON, SOURCES, SourceArg
 DOCS = Path(__file__).resolve().parent
 sys.path.insert(0, str(DOCS))
 pages_methods = importlib.import_module("pages_methods")
+pages_large_models = importlib.import_module("pages_large_models")
 sys.path.remove(str(DOCS))
 
 _RESULTS = "<!-- results -->"
@@ -97,6 +98,7 @@ def pages() -> dict[str, str]:
         "reference/cli.md": command_line(),
     }
     found.update(pages_methods.pages())
+    found.update(pages_large_models.pages())
     found["images/sentence_encoder.svg"] = _output("gkd graph examples/sentence_encoder.gkd --format svg")
     found["benchmarks.md"] = benchmarks((DOCS / "benchmarks.md").read_text(encoding="utf-8"))
     found.update(shown(found))
