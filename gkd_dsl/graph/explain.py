@@ -560,4 +560,7 @@ def _way(model: ModelNode) -> str:
         return f"layers{layers} of {build.base}"
     if build.kind == "headed":
         return f"body of {build.base}, new head"
-    return "loaded"
+    if build.kind == "stored":
+        return "never loaded: its outputs are stored"
+    found = model.info.quantised
+    return f"loaded, quantised by {found}" if found is not None else "loaded"

@@ -22,7 +22,7 @@ import networkx as nx
 from gkd_dsl import schedules
 from gkd_dsl.graph import nodes
 from gkd_dsl.graph.access import natural
-from gkd_dsl.models.info import Build, Kept, Lora, ModelInfo, Vocabulary
+from gkd_dsl.models.info import Build, Kept, Lora, ModelInfo, Quantised, Vocabulary
 from gkd_dsl.models.taps import TapPath
 from gkd_dsl.text import Location, Source, Span
 from gkd_dsl.types import Dim, LossType, TensorType
@@ -47,6 +47,7 @@ _VALUES: dict[str, type] = {
     "Build": Build,
     "Kept": Kept,
     "Lora": Lora,
+    "Quantised": Quantised,
     "Vocabulary": Vocabulary,
     "TapPath": TapPath,
     "ReplaceBlock": nodes.ReplaceBlock,

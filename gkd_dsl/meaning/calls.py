@@ -25,7 +25,7 @@ from gkd_dsl.ops import registry
 from gkd_dsl.syntax import ast
 
 LATER = {
-    "keep", "ids", "rollout", "cached", "peft",
+    "keep", "ids", "rollout", "peft",
 }  # fmt: skip
 """Functions of what a later version runs: known to the checker."""
 
@@ -33,6 +33,7 @@ DECLARED = {
     "hf": "a model: `teacher t = hf(...)`",
     "truncated": "a model: `student s = truncated(t, layers = [...])`",
     "random_init": 'a model: `student s = random_init("...")`',
+    "cached": 'a model: `teacher t = cached("outputs/t")`',
     "linear": "a projection: `project W = linear(s.H -> t.H)`",
     "selector": "a policy: `policy pi = selector(state[k] for k in teachers(ts)) { ... }`",
 }

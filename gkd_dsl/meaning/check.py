@@ -21,6 +21,7 @@ from gkd_dsl.meaning import (
     settings,
     specimens,
     stages,
+    stored,
     unused,
 )
 from gkd_dsl.meaning.context import Context, ResolvedParam
@@ -153,8 +154,10 @@ def _elaborate(ctx: Context, scope: Scope, file: ast.File) -> tuple[tuple[str, A
                 placements.check(ctx, scope, block)
                 fusing.check(ctx, scope, block)
                 gemini.check(ctx, scope, block)
+    runtime += stored.places(ctx, runtime)
     if steps:
         quantising.check(ctx, scope, dict(runtime))
+        stored.check(ctx, scope, file)
     if steps and ctx.diagnostics.ok:
         adapters.unused(ctx, scope, ctx.stages)
         unused.warn(ctx, scope)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 
 from gkd_dsl.graph.nodes import ModelNode
-from gkd_dsl.meaning import adapters, quantising, vocabulary
+from gkd_dsl.meaning import adapters, quantising, stored, vocabulary
 from gkd_dsl.meaning.context import Context, replace, suggest
 from gkd_dsl.meaning.scope import Scope
 from gkd_dsl.meaning.values import UNKNOWN, Items, Model, Num, Numbers, Text, Unknown, Value, kind, plain
@@ -20,7 +20,7 @@ from gkd_dsl.text import Span
 TASKS = ("encoder", "classification", "masked_lm", "causal_lm")
 _SETTINGS = ("vocabulary", "adapter", "quantize")
 _WIDTHS = ("width", "heads", "inner")
-_CONSTRUCTORS = ("hf", "truncated", "with_head", "random_init")
+_CONSTRUCTORS = ("hf", "truncated", "with_head", "random_init", "cached")
 
 
 def declare(ctx: Context, scope: Scope, decl: ast.ModelDecl) -> Value:
@@ -58,7 +58,7 @@ def _block(ctx: Context, scope: Scope, decl: ast.ModelDecl, info: ModelInfo | No
             notes=[f"its settings: {', '.join(_SETTINGS)}"], fix=replace(stmt.name.span, near) if near else None,
         )  # fmt: skip
         info = None
-    if info is None or not quantising.alone(ctx, scope, decl, info):
+    if info is None or not quantising.alone(ctx, scope, decl, info) or not stored.student(ctx, scope, decl, info):
         return None
     return info if adapters.finished(ctx, scope, decl, info) else None
 
@@ -71,9 +71,8 @@ def _info(ctx: Context, scope: Scope, expr: ast.Expr) -> ModelInfo | None:
         ctx.error(scope, "E0508", "a model is made by a call", expr.span, 'write `hf("...")`', fix=fix)
         return None
     name = expr.func.id
-    if name in ("cached", "logit_cache"):
-        ctx.not_yet(scope, "a cached teacher", expr.span)
-        return None
+    if name == "cached":
+        return stored.declared(ctx, scope, expr)
     if name not in _CONSTRUCTORS:
         label, near = suggest(name, _CONSTRUCTORS)
         ctx.error(
@@ -136,6 +135,8 @@ def _made(
     offline = ctx.offline or offline_by_environment()
     place = {"offline": offline, "root": scope.root}
     at = spans[""].span
+    if isinstance(base, Model) and not stored.base(ctx, scope, base, name, at):
+        return None
     if name == "truncated":
         layers = named.pop("layers", None)
         sizes = {key: named.pop(key) for key in _WIDTHS if key in named}

@@ -6,6 +6,7 @@ from gkd_dsl.graph.nodes import ReplaceBlock
 from gkd_dsl.graph.passes import compile_plan
 from gkd_dsl.graph.plan import SpecPlan, StagePlan
 from gkd_dsl.graph.stored import refusals, student_task
+from gkd_dsl.meaning import stored
 from gkd_dsl.meaning.context import Context, replace
 from gkd_dsl.meaning.scope import Scope
 from gkd_dsl.sources import task_of
@@ -17,7 +18,7 @@ _IN_CHUNKS = ("shard_param_frac", "offload_param_frac")
 
 def check(ctx: Context, scope: Scope, decl: ast.Runtime) -> None:
     """Refuse placements that the stages do not allow. The graph is complete here."""
-    placed = [stmt for stmt in decl.body if isinstance(stmt, ast.Placement)]
+    placed = [s for s in decl.body if isinstance(s, ast.Placement) and not stored.is_stored(ctx, s.name.text)]
     blocks = [(stmt, {setting.name.text: setting for setting in stmt.body}) for stmt in placed]
     wanted = [(stmt, settings) for stmt, settings in blocks if _word(settings, "placement") not in (None, "resident")]
     backend = _word({stmt.name.text: stmt for stmt in decl.body if isinstance(stmt, ast.Setting)}, "backend")

@@ -53,6 +53,11 @@ def same_ids(a: Vocabulary, b: Vocabulary) -> bool | None:
     return False if left == right else None
 
 
+def by_meaning(vocabulary: Vocabulary) -> Vocabulary:
+    """The same with a fingerprint that can be compared where its file is not; as it is where that cannot be made."""
+    return Vocabulary(_full(vocabulary) or vocabulary.fingerprint, vocabulary.size, "")
+
+
 def _kind(vocabulary: Vocabulary) -> str:
     return vocabulary.fingerprint.partition(":")[0]
 

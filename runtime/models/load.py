@@ -19,6 +19,7 @@ from gkd_dsl.models.describe import describe, whole
 from gkd_dsl.models.errors import ModelError
 from gkd_dsl.models.families import FAMILIES
 from gkd_dsl.models.info import ModelInfo, Task
+from gkd_dsl.runtime.errors import out_of_memory
 from gkd_dsl.runtime.models import quantised, vocabulary
 from gkd_dsl.runtime.models.adapters import merged, with_adapter, with_lora
 from gkd_dsl.runtime.models.halved import halve
@@ -115,6 +116,8 @@ def load_with_report(
     with _quiet(), _seeded(seed):
         if info.formal:
             raise ModelError(f"{info.location} is the model of a method: it has no weights")
+        if info.build.kind == "stored":
+            raise ModelError(f"{info.location} holds outputs of a model, and no weights", "name the model by `hf(...)`")
         if info.build.kind == "hf":
             model, report = _from_weights(info, half or dtype or torch.float32)
             if info.build.adapter is not None:
@@ -217,6 +220,8 @@ def _from_weights(info: ModelInfo, dtype: torch.dtype) -> tuple[PreTrainedModel,
             **extra,
         )
     except Exception as error:  # the readers of weight files raise errors of their own libraries
+        if out_of_memory(error):
+            raise
         raise ModelError(f'the weights of "{info.location}" cannot be loaded: {_first_line(error)}') from None
     resized = [entry[0] if isinstance(entry, (tuple, list)) else entry for entry in found["mismatched_keys"]]
     body = _body_names(model)

@@ -12,11 +12,11 @@ import torch
 from gkd_dsl.graph.plan import ForwardPlan, SpecPlan, StagePlan
 from gkd_dsl.graph.stored import forwards_of, refusals
 from gkd_dsl.runtime.data.loader import Loader
-from gkd_dsl.runtime.errors import CACHE, CANNOT_RUN, OUT_OF_MEMORY, RunError, Stopped, out_of_memory
+from gkd_dsl.runtime.errors import CACHE, CANNOT_RUN, RunError, Stopped
 from gkd_dsl.runtime.interrupt import StopRequest
 from gkd_dsl.runtime.stages import Run, student_of
 from gkd_dsl.runtime.teachers.cached import FillingTeachers
-from gkd_dsl.runtime.teachers.identity import identity, runs, stored_identity
+from gkd_dsl.runtime.teachers.identity import about, identity, runs, stored_identity
 from gkd_dsl.runtime.teachers.live import LiveTeachers
 from gkd_dsl.runtime.teachers.make import Placement, layout_of, placements, rows_of, stage_folder
 from gkd_dsl.runtime.teachers.store import SHARD_BYTES, Store
@@ -54,7 +54,8 @@ def fill(
     Raises RunError: outputs that cannot be stored, a folder that is taken (unless `resume`) or of something else, a
     disk that is full; and Stopped on a request to stop, when what was run is stored.
     """
-    placed = placements(plan.runtime)
+    gone = [node.name for stage in plan.stages for node in stage.models if node.info.build.stored is not None]
+    placed = {name: how for name, how in placements(plan.runtime).items() if name not in gone}
     chosen = {name: how for name, how in placed.items() if how.place == "cached"}
     folders = {name: root / how.cache for name, how in chosen.items()}
     if not chosen:
@@ -62,6 +63,9 @@ def fill(
         folders = {name: (out or Path("cache")) / name for name in chosen}
     elif out is not None:
         raise RunError(CANNOT_RUN, "the runtime block says where stored outputs go", "leave `--out` away")
+    if not chosen and gone:
+        message = f"of `{gone[0]}` only stored outputs are known: there is no model to run"
+        raise RunError(CANNOT_RUN, message, "store those of a spec that names the model itself")
     if not chosen:
         raise RunError(CANNOT_RUN, "this spec has no teacher whose outputs can be stored", _reasons(plan))
     if top_k is not None:
@@ -95,12 +99,13 @@ def _one(
     assert isinstance(loader, Loader)
     node = next(node for node in plan.models if node.name == name)
     fields = identity(plan, node, student_of(plan), loader, layout, run.seed(name))
-    store = Store(folder, fields, fields["rows"] + fields["held_out rows"], shard_bytes=shard_bytes)
+    rows = fields["rows"] + fields["held_out rows"]
+    store = Store(folder, fields, rows, shard_bytes=shard_bytes, about=about(node, layout))
     missing = np.flatnonzero(~store.has(range(store.total)))
     filling = FillingTeachers(LiveTeachers([node], {name: run.model(name)}), store, layout)
     forward = _whole(plan, name)
     done = store.total - len(missing)
-    try:
+    with run.enough(f"run `{name}`", plan, "lower `batch_size`, then go on with `--resume`"):
         for batch in replace(loader, numbered=True).rows(missing.tolist()):
             with torch.no_grad(), run.backend.taps_context():
                 filling.fill(forward, run.backend.move(batch))
@@ -110,14 +115,6 @@ def _one(
             if stop.asked and done < store.total:
                 store.flush()
                 raise Stopped(plan.name, done, store.total, folder)
-    except Exception as error:
-        if not out_of_memory(error):
-            raise
-        raise RunError(
-            OUT_OF_MEMORY,
-            f"the forward of `{name}` took more memory than there is",
-            "lower `batch_size`, then `--resume`",
-        ) from error
     store.flush()
     return Filled(name, plan.name, folder, store.count, store.bytes, len(missing))
 
@@ -131,6 +128,8 @@ def _frozen(plan: SpecPlan) -> list[str]:
     """The models whose outputs can be stored, in the order of the spec."""
     names = dict.fromkeys(node.name for stage in plan.stages for node in stage.models)
     trained = {target.name for stage in plan.stages for target in stage.stage.trains if target.kind == "model"}
+    there = {node.name for stage in plan.stages for node in stage.models if node.info.build.stored is None}
+    names = {name: None for name in names if name in there}
     read = [name for name in names if name not in trained and any(runs(stage, name) for stage in plan.stages)]
     return [name for name in read if not _why(plan, name)]
 

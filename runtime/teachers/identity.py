@@ -12,13 +12,13 @@ from gkd_dsl.graph.nodes import ModelNode
 from gkd_dsl.graph.plan import StagePlan
 from gkd_dsl.graph.stored import forwards_of, taps_of
 from gkd_dsl.models.info import ModelInfo
+from gkd_dsl.models.stored import MANIFEST, describe
 from gkd_dsl.runtime.data.digest import digest
 from gkd_dsl.runtime.data.encode import tokenizer_digest
 from gkd_dsl.runtime.data.loader import Loader
 from gkd_dsl.runtime.errors import CANNOT_RUN, RunError
 from gkd_dsl.runtime.models.load import load_tokenizer
 from gkd_dsl.runtime.teachers.parts import Layout
-from gkd_dsl.runtime.teachers.store import MANIFEST
 
 _SINCE = ("lora", "quantised", "stored")
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
@@ -41,7 +41,20 @@ def identity(
             f"texts are padded on the left, where the outputs of `{node.name}` hang on the rows beside",
             "take a tokenizer whose padding_side is right",
         )
-    info, head = node.info, node.info.architecture
+    own = _of_model(node.info, seed) if node.info.build.stored is None else {}
+    return {
+        **own,
+        "tokenizer": tokenizer_digest(load_tokenizer(reader.info)),
+        "vocabulary": reader.info.size("V"),
+        "data set": digest(loader),
+        "rows": loader.sizes.train,
+        "held_out rows": loader.sizes.held_out if held_out_too(plan, node.name) else 0,
+        **how(layout),
+    }
+
+
+def _of_model(info: ModelInfo, seed: int) -> dict[str, Any]:
+    head = info.architecture
     return {
         "model": info.location,
         "model config": _digest(
@@ -50,12 +63,6 @@ def identity(
         "weights": _weights(info),
         "quantisation": str(info.quantised) if info.quantised is not None else "none",
         "seed of new weights": seed if _new_weights(info) else "any",
-        "tokenizer": tokenizer_digest(load_tokenizer(reader.info)),
-        "vocabulary": reader.info.size("V"),
-        "data set": digest(loader),
-        "rows": loader.sizes.train,
-        "held_out rows": loader.sizes.held_out if held_out_too(plan, node.name) else 0,
-        **how(layout),
     }
 
 
@@ -67,6 +74,11 @@ def how(layout: Layout) -> dict[str, Any]:
         "temperatures": list(kept.temperatures) if kept is not None else [],
         "dtype": "bfloat16, logits float32",
     }
+
+
+def about(node: ModelNode, layout: Layout) -> dict[str, Any]:
+    """What a manifest says besides: all that a spec is checked with where the model itself is not there."""
+    return {"model": describe(node.info), "taps": {path.key: str(path) for path in layout.taps}}
 
 
 def held_out_too(plan: StagePlan, model: str) -> bool:

@@ -16,12 +16,13 @@ from gkd_dsl.graph.nodes import AttrValue, ModelNode
 from gkd_dsl.graph.passes.sparse import TopK, sparse
 from gkd_dsl.graph.plan import StagePlan
 from gkd_dsl.graph.stored import kept, refusals, sparse_keys, student_task, taps_of, temperatures
+from gkd_dsl.models.stored import MANIFEST, stage_name
 from gkd_dsl.runtime.errors import CACHE, CANNOT_RUN, RunError
 from gkd_dsl.runtime.models.halved import rounded
 from gkd_dsl.runtime.teachers.base import TeacherSource
 from gkd_dsl.runtime.teachers.cached import CachedTeachers, FillingTeachers
 from gkd_dsl.runtime.teachers.disk import on_disk
-from gkd_dsl.runtime.teachers.identity import identity, missing, runs, stored_identity
+from gkd_dsl.runtime.teachers.identity import about, identity, missing, runs, stored_identity
 from gkd_dsl.runtime.teachers.live import LiveTeachers
 from gkd_dsl.runtime.teachers.parts import Layout
 from gkd_dsl.runtime.teachers.placed import PlacedTeachers
@@ -159,7 +160,7 @@ def rows_of(plan: StagePlan) -> str:
 
 def stage_folder(folder: Path, plan: StagePlan) -> Path:
     """Where the outputs for one stage are, below the folder of a model."""
-    return folder / plan.name.replace("/", ".")
+    return folder / stage_name(plan.name)
 
 
 def _cached(plan: StagePlan, node: ModelNode, how: Placement, loader: Any, at: Place) -> tuple[TeacherSource, Layout]:
@@ -168,6 +169,9 @@ def _cached(plan: StagePlan, node: ModelNode, how: Placement, loader: Any, at: P
             CANNOT_RUN, f"`{node.name}` is placed as cached, and no folder is given", 'write `cache = "dir"`'
         )
     folder = stage_folder(at.root / how.cache, plan)
+    if not folder.is_dir() and (at.root / how.cache / MANIFEST).is_file():
+        # The folder of one stage serves all.
+        folder = at.root / how.cache
     stored = stored_identity(folder) or {}
     if how.top_k is None and "top_k" in stored:
         how = replace(how, top_k=0 if stored["top_k"] == "all" else int(stored["top_k"]))
@@ -175,6 +179,9 @@ def _cached(plan: StagePlan, node: ModelNode, how: Placement, loader: Any, at: P
     if layout.top_k is not None and stored.get("temperatures"):
         layout = replace(layout, top_k=replace(layout.top_k, temperatures=tuple(stored["temperatures"])))
     fields = identity(plan, node, at.reader, loader, layout, at.seeds.get(node.name, 0))
+    if not fields["held_out rows"]:
+        # No metric reads the model: rows held out may be there all the same.
+        fields["held_out rows"] = stored.get("held_out rows") or 0
     store = Store(folder, fields, fields["rows"] + fields["held_out rows"], read=True)
     if absent := missing(plan, node.name, {*store.parts, *store.shared}):
         raise RunError(CACHE, f"the stored teacher {folder} has no `{absent[0]}`", "make it again with `gkd cache`")
@@ -204,7 +211,7 @@ def _filling(
         )
         return None
     folder = stage_folder(at.folder / "teachers" / node.name, plan)
-    store = Store(folder, fields, fields["rows"] + fields["held_out rows"])
+    store = Store(folder, fields, fields["rows"] + fields["held_out rows"], about=about(node, layout))
     return FillingTeachers(inner, store, layout), layout
 
 

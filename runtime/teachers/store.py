@@ -15,10 +15,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from gkd_dsl.models.stored import MANIFEST
 from gkd_dsl.runtime.errors import CACHE, RunError, writing
 
 FORMAT = 1
-MANIFEST = "manifest.json"
 SHARD_BYTES = 64 * 2**20
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "int32": torch.int32, "bool": torch.bool}
 _HINT = "make it again with `gkd cache`"
@@ -57,7 +57,8 @@ class _Shard:
 class Store:
     """The stored rows of one folder. Rows are addressed by their numbers; padding is not stored.
 
-    `identity` says what the rows were made of, field by field; `rows` is how many there are when all are stored.
+    `identity` says what the rows were made of, field by field; `rows` is how many there are when all are stored;
+    `about` is written besides, and not compared.
     What was written before is found again, so that a run that was ended goes on.
 
     Raises RunError: a folder of another identity (with the field that differs), or one that is damaged.
@@ -71,8 +72,10 @@ class Store:
         *,
         shard_bytes: int = SHARD_BYTES,
         read: bool = False,
+        about: Mapping[str, Any] | None = None,
     ) -> None:
         self.folder, self.identity, self.total = folder, dict(identity), rows
+        self.about = dict(about or {})
         self.parts: dict[str, Part] = {}
         self.shared: dict[str, Tensor] = {}
         self._declared: dict[str, tuple[str, ...]] = {}
@@ -199,6 +202,7 @@ class Store:
         data = {
             "format": FORMAT,
             "identity": self.identity,
+            **self.about,
             "rows": self.total,
             "stored": self.count,
             "parts": {name: {"dims": list(part.dims), "dtype": part.dtype} for name, part in self.parts.items()},
