@@ -10,7 +10,7 @@ from gkd_dsl.sources import SOURCES, SourceKind, SourceProblem, bind_source, che
 from gkd_dsl.syntax import ast
 from gkd_dsl.text import Span
 
-_LATER = ("rollout", "cached", "logit_cache")
+_LATER = ("rollout",)
 _CODES = {"file": "E0503", "column": "E0504", "row": "E0505"}
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from gkd_dsl.models import stored
+from gkd_dsl.models.describe import describe
+
 _BERT = {"model_type": "bert", "vocab_size": 30522, "max_position_embeddings": 512, "type_vocab_size": 2}
 _QWEN = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "vocab_size": 151936, "num_key_value_heads": 2}
 
@@ -66,4 +69,20 @@ def build(root: Path) -> Path:
         (root / name).write_text(text)
     (root / "adapter").mkdir()
     (root / "adapter" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 8}))
+    _store(root, "teacher", "outputs/t/main")
     return root
+
+
+def _store(root: Path, model: str, place: str) -> None:
+    """The manifest of a folder with all logits of a model for the rows of `reviews.csv`."""
+    folder = root / place
+    folder.mkdir(parents=True)
+    said = {
+        "identity": {"top_k": "all", "held_out rows": 0},
+        "model": stored.describe(describe(model, root=root)),
+        "parts": {"logits": {"dims": [2], "dtype": "float32"}},
+        "shared": [],
+        "rows": 100,
+        "stored": 100,
+    }
+    (folder / "manifest.json").write_text(json.dumps(said))

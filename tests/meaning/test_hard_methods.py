@@ -19,7 +19,7 @@ LATER = {
     "rail_kd": set(),
     "rl_kd": set(),
     "rollouts": {
-        "a cached teacher", "the source `rollout`",
+        "the source `rollout`",
     },
     "sid": set(),
     "takd": set(),
