@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -76,6 +76,17 @@ def _number(text: str) -> int | None:
     """The error number in the text of an error of the safetensors library."""
     known = {"os error 28": errno.ENOSPC, "No space": errno.ENOSPC, "os error 13": errno.EACCES}
     return next((number for part, number in known.items() if part in text), None)
+
+
+@contextmanager
+def in_memory(words: Callable[[BaseException], tuple[str, str]]) -> Iterator[None]:
+    """Turn a shortage of memory into a RunError; `words` says what happened and what helps, and is asked then alone."""
+    try:
+        yield
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        raise RunError(OUT_OF_MEMORY, *words(error)) from error
 
 
 def out_of_memory(error: BaseException) -> bool:

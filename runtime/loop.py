@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Protocol
@@ -17,7 +17,6 @@ from gkd_dsl.runtime.backends.base import Backend, StepResult
 from gkd_dsl.runtime.checkpoint import Position
 from gkd_dsl.runtime.counters import Counters
 from gkd_dsl.runtime.errors import CANNOT_RUN, RunError
-from gkd_dsl.runtime.evaluate import Evaluator
 from gkd_dsl.runtime.optim import LearningRate, span_steps
 from gkd_dsl.runtime.records import EvaluateRecord, Listener, StepRecord
 from gkd_dsl.schedules import Clock, Span
@@ -81,6 +80,10 @@ def length_of(stage: StageNode, loader: Loader) -> Length:
     return Length(steps, per_epoch, tokens, target, stage.seed)
 
 
+Evaluate = Callable[[Sequence[str], Iterable[dict[str, Tensor]], Backend, Clock], dict[str, float]]
+"""Gives metrics over batches."""
+
+
 class StageLoop:
     """Runs a stage from a position to its end.
 
@@ -96,7 +99,7 @@ class StageLoop:
         position: Position,
         length: Length,
         *,
-        evaluator: Evaluator,
+        evaluator: Evaluate,
         listeners: Sequence[Listener],
         save: Callable[[Position, bool], None],
         restore_best: Callable[[Position], None],

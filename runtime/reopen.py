@@ -49,7 +49,8 @@ def evaluate_run(checked: Checked, folder: Path, checkpoint: str = "last") -> di
         counters = tuple(position.counters.items()) if position.stage == plan.name else ()
         clock = Clock(total, total, per_epoch, counters=counters, seed=plan.stage.seed)
         evaluator = Evaluator(made.plan, made.models, run.projections, run.policies, made.sources)
-        found[plan.name] = dict(evaluator(names, made.loader.held_out(), run.backend, clock))
+        with run.enough(f"evaluate stage `{plan.name}`", plan):
+            found[plan.name] = dict(evaluator(names, made.loader.held_out(), run.backend, clock))
     if not found:
         raise RunError(CANNOT_RUN, "this spec has no metric", "declare one: `metric acc = accuracy(...)`")
     return found
@@ -61,4 +62,5 @@ def export_run(checked: Checked, folder: Path, checkpoint: str, to: Path, model:
     name = model or next(iter(students(run.plan)), None)
     if name is None:
         raise RunError(CANNOT_RUN, "this spec trains no model", "name one: `--model s`")
-    return export_model(checked, run.plan, run, name, to), name
+    with run.enough(f"export `{name}`"):
+        return export_model(checked, run.plan, run, name, to), name

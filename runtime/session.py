@@ -127,7 +127,10 @@ def finish(
     after = result.metrics.get(last.name, {})
     for name in names:
         target = folder.export if len(names) == 1 else folder.export / name
-        exports[name] = export_model(checked, plan, run, name, target, metrics=_pairs(before.get(last.name, {}), after))
+        with run.enough(f"export `{name}`", more="the run is done and saved: `gkd export` writes the model"):
+            exports[name] = export_model(
+                checked, plan, run, name, target, metrics=_pairs(before.get(last.name, {}), after)
+            )
     comparison = None
     # A teacher whose outputs were stored is not here to be timed.
     there = [node.name for node in last.models if node.role == "teacher" and node.name in result.models]
@@ -138,7 +141,9 @@ def finish(
     held_out = _some(loader) if measure and teacher is not None and names and names[0] != teacher else []
     if teacher is not None and held_out:
         # An adapter is timed as it is exported.
-        with adapters.merged(*(result.models[n] for n in (teacher, names[0]) if not _alone(checked.models[n].info))):
+        told = run.enough(f"time `{teacher}` beside `{names[0]}`", more="the run is done, and its student exported")
+        plain = (result.models[n] for n in (teacher, names[0]) if not _alone(checked.models[n].info))
+        with told, adapters.merged(*plain):
             comparison = compare(
                 {teacher: result.models[teacher], names[0]: result.models[names[0]]},
                 held_out,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,10 +16,10 @@ from gkd_dsl.graph.plan import SpecPlan, StagePlan
 from gkd_dsl.models.describe import describe
 from gkd_dsl.models.info import ModelInfo
 from gkd_dsl.runtime import checkpoint, rng
-from gkd_dsl.runtime.backends.base import Backend
+from gkd_dsl.runtime.backends.base import Backend, Settings
 from gkd_dsl.runtime.backends.make import make_backend
 from gkd_dsl.runtime.checkpoint import Position, State
-from gkd_dsl.runtime.errors import CANNOT_RUN, CHECKPOINT, RunError, Stopped
+from gkd_dsl.runtime.errors import CANNOT_RUN, CHECKPOINT, RunError, Stopped, in_memory
 from gkd_dsl.runtime.evaluate import Evaluator
 from gkd_dsl.runtime.extensions import load_extensions
 from gkd_dsl.runtime.fingerprint import fingerprint
@@ -32,9 +32,10 @@ from gkd_dsl.runtime.models.load import load, load_tokenizer
 from gkd_dsl.runtime.policy import Policy, make_policies
 from gkd_dsl.runtime.records import EvaluateRecord, Listener, StageRecord, StepRecord
 from gkd_dsl.runtime.run_folder import RunFolder
-from gkd_dsl.runtime.step import StepModule, make_projections
+from gkd_dsl.runtime.step import Batch, StepModule, make_projections
 from gkd_dsl.runtime.teachers.base import TeacherSource
 from gkd_dsl.runtime.teachers.make import Made, Place, Placement, make_teachers, placements
+from gkd_dsl.schedules import Clock
 
 _PLAN = "plan.json"
 Loaders = Callable[[StagePlan], Loader]
@@ -113,7 +114,8 @@ class Run:
             if state is not None and self.folder is not None:
                 for record in evaluations(self.folder):
                     self._metrics.on_evaluate(record)
-                self._restore(state)
+                with self.enough("take up the saved state"):
+                    self._restore(state)
             for stage in self.plan.stages:
                 order = stage.stage.order
                 if state is not None and order < state.position.order:
@@ -153,9 +155,11 @@ class Run:
                 self.model(kept.like)
             if name in self.models:
                 return self.models[name]
-            made = self._loaded(name)
+            with self.enough(f"load `{name}`"):
+                made = self._loaded(name)
             elsewhere = self._placed_as(name) in ("offload", "disk", "gemini")
-            self.models[name] = made if elsewhere else self.backend.place(made)
+            with self.enough(f"bring `{name}` to its device"):
+                self.models[name] = made if elsewhere else self.backend.place(made)
             if base is not None or kept is not None:
                 self._changed.add(name)
         return self.models[name]
@@ -182,6 +186,23 @@ class Run:
     def _placed_as(self, name: str) -> str:
         return self._placements.get(name, Placement()).place
 
+    def enough(self, doing: str, stage: StagePlan | None = None, more: str = "") -> AbstractContextManager[None]:
+        """Where memory runs out, a RunError says so: what was done, what was alive, the plan, and what to change."""
+
+        def words(error: BaseException) -> tuple[str, str]:
+            from gkd_dsl.runtime.memory import of_models, run_words
+
+            held = getattr(self.backend, "alive", dict)()
+            live = {**of_models(self.models), **{part: count for part, count in held.items() if part != "weights"}}
+            settings = getattr(self.backend, "settings", None) or Settings.of(self.plan.runtime)
+            message, hint = run_words(
+                doing, self.plan, stage, live, self.backend.device, settings, processes=self.processes.count,
+                error=error,
+            )  # fmt: skip
+            return message, f"{more}; {hint}" if more else hint
+
+        return in_memory(words)
+
     def seed(self, model: str) -> int:
         """The seed of a model's new weights."""
         return self._seeds.get(model, 0)
@@ -200,7 +221,8 @@ class Run:
             half=self._half,
             chunks=dict(self.plan.runtime),
         )
-        made = make_teachers(plan, self._placements, self.loader(plan), at)
+        with self.enough(f"load the models of stage `{plan.name}`", plan):
+            made = make_teachers(plan, self._placements, self.loader(plan), at)
         for name, placement in self._placements.items():
             # A student that starts from its weights has them by now.
             if placement.place in ("cached", "disk", "gemini"):
@@ -224,7 +246,8 @@ class Run:
         blocks = {node.name: self.projections[node.name] for node in plan.projections}
         step = StepModule(plan, models, blocks, made.teachers, policies=self.policies)
         self._changed |= set(step.trained)
-        self.backend.begin(step, plan.stage.optim)
+        with self.enough(f"begin stage `{plan.name}`", plan):
+            self.backend.begin(step, plan.stage.optim)
         position = state.position if state is not None else Position(plan.name, plan.stage.order)
         try:
             if state is not None:
@@ -247,15 +270,27 @@ class Run:
             )
             for listener in listeners:
                 listener.on_stage(record)
+            evaluator = Evaluator(plan, models, step.projections, self.policies, made.sources)
+
+            def evaluate(
+                names: Sequence[str], batches: Iterable[Batch], backend: Backend, clock: Clock
+            ) -> dict[str, float]:
+                with self.enough(f"evaluate in stage `{plan.name}`", plan):
+                    return evaluator(names, batches, backend, clock)
+
+            def save(position: Position, best: bool) -> None:
+                with self.enough(f"save the state of stage `{plan.name}`", plan):
+                    self._save(position, best)
+
             loop = StageLoop(
                 plan,
                 loader,
                 self.backend,
                 position,
                 length,
-                evaluator=Evaluator(plan, models, step.projections, self.policies, made.sources),
+                evaluator=evaluate,
                 listeners=listeners,
-                save=self._save,
+                save=save,
                 restore_best=self._restore_best,
                 stopping=lambda: self.processes.any(stop.asked),
             )
@@ -264,7 +299,8 @@ class Run:
                 rng.set_states(state.rng, self.processes.rank, plan.stage.seed + position.step)
             else:
                 rng.seed_all(plan.stage.seed, self.processes.rank)
-            ended = loop.run()
+            with self.enough(f"go on with stage `{plan.name}`", plan):
+                ended = loop.run()
             last = all(stage.stage.order <= plan.stage.order for stage in self.plan.stages)
             if not ended or (not last and self.processes.any(stop.asked)):
                 folder = self.folder.path if self.folder is not None else None

@@ -23,18 +23,23 @@ class Settings:
     precision   `fp32`, or `bf16` forwards under autocast (losses stay in fp32)
     device      `auto` (the GPU that is there, else the CPU), `cpu`, `cuda`
     checkpoint  gradient checkpointing of the trained models
+    runtime     all settings of the runtime block, to plan by
     """
 
     precision: str = "fp32"
     device: str = "auto"
     checkpoint: bool = False
+    runtime: tuple[tuple[str, AttrValue], ...] = field(default=(), compare=False, repr=False)
 
     @classmethod
     def of(cls, runtime: Sequence[tuple[str, AttrValue]]) -> Settings:
         """The settings of a plan's runtime block."""
         given = dict(runtime)
         return cls(
-            str(given.get("precision", "fp32")), str(given.get("device", "auto")), bool(given.get("checkpoint", False))
+            str(given.get("precision", "fp32")),
+            str(given.get("device", "auto")),
+            bool(given.get("checkpoint", False)),
+            tuple(runtime),
         )
 
 

@@ -27,6 +27,8 @@ class DdpBackend(LocalBackend):
     divided by the count over all rows, and gradients are summed after the last micro-batch of a step.
     """
 
+    kind = "ddp"
+
     def __init__(self, settings: Settings | None = None, processes: Processes | None = None) -> None:
         """Meet the other processes. Raises RunError where they cannot be met, or have no GPU each."""
         super().__init__(settings)

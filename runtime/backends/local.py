@@ -15,7 +15,7 @@ from gkd_dsl.graph.nodes import OptimSpec
 from gkd_dsl.runtime import rows
 from gkd_dsl.runtime.backends.base import Settings, StepResult
 from gkd_dsl.runtime.checkpoint import load_module, module_tensors
-from gkd_dsl.runtime.errors import CANNOT_RUN, NOT_FINITE, OUT_OF_MEMORY, RunError, out_of_memory
+from gkd_dsl.runtime.errors import CANNOT_RUN, NOT_FINITE, RunError, in_memory
 from gkd_dsl.runtime.models.checkpointing import set_checkpointing
 from gkd_dsl.runtime.optim import make_optimizer
 from gkd_dsl.runtime.processes import Processes
@@ -34,6 +34,8 @@ def device_of(name: str) -> torch.device:
 
 class LocalBackend:
     """Runs the steps of a stage in this process."""
+
+    kind = "local"
 
     def __init__(self, settings: Settings | None = None) -> None:
         self.settings = settings if settings is not None else Settings()
@@ -69,16 +71,27 @@ class LocalBackend:
         """
         step, optimizer, optim = self._held()
         try:
-            return self._train(step, optimizer, optim, batches, clock, rate)
-        except Exception as error:
-            if not out_of_memory(error):
-                raise
-            # Planning is imported where memory ran out alone.
-            from gkd_dsl.runtime.memory import memory_words
-
-            words = memory_words(step, optimizer, batches, self.device, self.settings)
+            with in_memory(lambda error: self._words(step, batches, error)):
+                return self._train(step, optimizer, optim, batches, clock, rate)
+        except RunError:
             optimizer.zero_grad(set_to_none=True)
-            raise RunError(OUT_OF_MEMORY, *words) from error
+            raise
+
+    def alive(self) -> dict[str, int]:
+        """Bytes of what the stage holds, by part."""
+        from gkd_dsl.runtime.memory import alive
+
+        return alive(self._step, self._optimizer) if self._step is not None else {}
+
+    def _words(self, step: StepModule, batches: Sequence[Batch], error: BaseException) -> tuple[str, str]:
+        """What is said of a step without memory; gradients must still be there."""
+        # Planning is imported where memory ran out alone.
+        from gkd_dsl.runtime.memory import memory_words
+
+        return memory_words(
+            step, self.alive(), batches, self.device, self.settings, backend=self.kind,
+            processes=self.processes.count, error=error,
+        )  # fmt: skip
 
     def taps_context(self) -> AbstractContextManager[object]:
         """Autocast to bf16 where the precision says so."""

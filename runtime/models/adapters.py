@@ -20,6 +20,7 @@ from gkd_dsl.models.errors import ModelError, near_misses
 from gkd_dsl.models.families import FAMILIES
 from gkd_dsl.models.info import ModelInfo
 from gkd_dsl.runtime.checkpoint import module_tensors
+from gkd_dsl.runtime.errors import out_of_memory
 
 _NAME = "default"
 _TRAINED = "_gkd_trained"
@@ -38,6 +39,8 @@ def with_adapter(model: PreTrainedModel, folder: str, name: str) -> PreTrainedMo
             warnings.simplefilter("ignore", FutureWarning)
             return peft.PeftModel.from_pretrained(model, folder).merge_and_unload()
     except Exception as error:  # peft raises what its readers and torch raise
+        if out_of_memory(error):
+            raise
         raise ModelError(
             f'the adapter {folder} does not fit "{name}": {_first_line(error)}', "is it one of another model?"
         ) from None
@@ -72,6 +75,8 @@ def with_lora(model: PreTrainedModel, info: ModelInfo, seed: int = 0) -> PreTrai
             torch.default_generator.manual_seed(seed + 1)
             peft.inject_adapter_in_model(config, model, adapter_name=_NAME)
     except Exception as error:  # peft raises what it and torch raise
+        if out_of_memory(error):
+            raise
         raise ModelError(f'"{info.location}" takes no adapter: {_first_line(error)}') from None
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     trained |= _whole(model, info)

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from gkd_dsl.models.errors import ModelError
 from gkd_dsl.models.info import ModelInfo, Quantised
 from gkd_dsl.models.resolve import part_modules
+from gkd_dsl.runtime.errors import out_of_memory
 
 _HEADS = {"bitsandbytes": "llm_int8_skip_modules", "torchao": "modules_to_not_convert"}
 """What each library calls the modules whose weights stay as they are."""
@@ -93,6 +94,8 @@ def _in_words(info: ModelInfo, how: Quantised) -> Iterator[None]:
     except ModelError:
         raise
     except Exception as error:  # the libraries raise what torch and their kernels raise
+        if out_of_memory(error):
+            raise
         raise ModelError(
             f'{how.library} cannot quantise "{info.location}" so here: {_line(error)}',
             "another scheme may; int8 runs on every device",

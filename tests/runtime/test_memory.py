@@ -53,7 +53,7 @@ def test_it_says_what_was_alive_and_what_the_plan_is(run_out):
 
 def test_it_says_what_would_fit(run_out, monkeypatch):
     monkeypatch.setattr(memory, "this_machine", lambda: Machine(1, 130_000, 130_000, kind="cpu"))
-    whole = memory._machine(run_out.step.trainable()[0][1].device)
+    whole = memory._machine(run_out.step.trainable()[0][1].device, 1)
     assert whole.host_memory == 130_000
     assert "; this fits: " in run_out().hint
     assert "runtime {" in run_out().hint
