@@ -30,6 +30,7 @@ from gkd_dsl.graph.passes.share import share
 from gkd_dsl.graph.plan import Counted, ForwardPlan, StagePlan
 from gkd_dsl.models import resolve
 from gkd_dsl.models.errors import ModelError, TapError
+from gkd_dsl.models.lora import full_modules
 from gkd_dsl.ops import registry
 from gkd_dsl.schedules import Clock, Schedule
 
@@ -512,9 +513,17 @@ def _trains(plan: StagePlan) -> Iterable[str]:
     blocks = {block.name: block for block in plan.projections}
     for target in plan.stage.trains:
         if target.kind == "model":
-            yield f"{target.name}.{target.part}" if target.part else f"{target.name} (the whole model)"
+            yield f"{target.name}.{target.part}" if target.part else f"{target.name} ({_all_of(plan, target.name)})"
         else:
             yield _block(target.name, blocks.get(target.name))
+
+
+def _all_of(plan: StagePlan, name: str) -> str:
+    """What trains of a model where all of it does: with adapters these, and the modules that train whole."""
+    info = next((model.info for model in plan.models if model.name == name), None)
+    if info is None or info.build.lora is None:
+        return "the whole model"
+    return ", ".join(("its adapters", *full_modules(info)))
 
 
 def _block(name: str, block: ProjectNode | None) -> str:

@@ -106,7 +106,9 @@ def load_with_report(
     """As `load`, with the report instead of a log line."""
     if info.build.lora is not None:
         below = replace(info, build=replace(info.build, lora=None))
-        model, report = load_with_report(below, dtype=dtype, device=device, models=models, seed=seed, root=root)
+        model, report = load_with_report(
+            below, dtype=dtype, device=device, models=models, seed=seed, root=root, half=half
+        )
         return with_lora(model, info, seed), report
     if info.build.kept is not None:
         model, report = load_with_report(whole(info), models=models, seed=seed)

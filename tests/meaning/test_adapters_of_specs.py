@@ -167,6 +167,7 @@ def test_it_is_explained_and_drawn() -> None:
     shown = io.StringIO()
     render(explain(found.graph), Console(file=shown, width=200))
     assert "loaded, with LoRA of rank 4 on query, value" in shown.getvalue()
+    assert "s (its adapters, classifier)" in shown.getvalue()
     again = from_json(to_json(found.graph))
     assert again.nodes["model/s"]["node"].info.build.lora == found.models["s"].info.build.lora
 

@@ -352,6 +352,15 @@ def test_decoders_fused_or_not_checkpointed_or_not(tmp_path):
     assert json.loads((folder / "adapter_config.json").read_text())["modules_to_save"] is None
 
 
+def test_in_bf16_under_checkpointing_it_learns_what_it_learns_in_fp32(world, tmp_path):
+    runtime = ("fuse_logits = auto", "precision = bf16\n checkpoint = true\n")
+    run(world, tmp_path / "half", "r = 4, alpha = 8", [runtime])
+    run(world, tmp_path / "full", "r = 4, alpha = 8")
+    assert losses(tmp_path / "half") == pytest.approx(losses(tmp_path / "full"), rel=0.03)
+    saved = load_file(tmp_path / "half" / "checkpoints" / "main-6" / "model.s.safetensors")
+    assert {value.dtype for value in saved.values()} == {torch.float32}
+
+
 KEPT = """gkd 1
 teacher t = hf("./s")
 student s = hf("./s") {

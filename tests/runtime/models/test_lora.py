@@ -245,3 +245,11 @@ def test_a_family_without_a_table(tmp_path):
     labelled = random_init(describe(str(tmp_path)), task="classification", num_labels=3)
     found = load(adapted(replace(labelled, architecture="OPTForSequenceClassification"), targets=("q_proj",)))
     assert [n for n, p in found.named_parameters() if p.requires_grad and ".lora_" not in n] == ["score.weight"]
+
+
+def test_where_the_base_is(place):
+    info = plain(place, "bert", "classification")
+    assert adapters.base_of(info) == (str(place / "bert"), None)
+    hub = replace(info, location="acme/small@v2", path="/cache/models--acme--small/snapshots/0123")
+    assert adapters.base_of(hub) == ("acme/small", "v2")
+    assert adapters.base_of(replace(hub, location="acme/small")) == ("acme/small", None)
