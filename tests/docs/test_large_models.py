@@ -472,8 +472,8 @@ TRAINED = SPEC.replace(
 )
 ADAPTED = SPEC.replace('hf("s")', 'hf("s") { adapter = lora(r = 2) }')
 PROVOKED: dict[str, Callable[[pytest.MonkeyPatch], str]] = {
-    "too little memory": no_memory,
-    "the forward": no_memory_in_cache,
+    "too little memory for": no_memory,
+    "too little memory to": no_memory_in_cache,
     "does not fit": planned("--device-memory", "100KiB"),
     "No change": planned("--device-memory", "10KiB"),
     "SIGKILL": killed,
