@@ -22,6 +22,9 @@ def check(ctx: Context, scope: Scope, decl: ast.Runtime) -> None:
     reasons = {
         f"`{ops[key]}`, since {why}" for stage in plan.stages for key, why in refusals(stage).items() if key in ops
     }
+    in_chunks = {s.name.text for s in decl.body if isinstance(s, ast.Placement) and _placed(s) == "gemini"}
+    heads = {head.model for stage in plan.stages for group in fusions(stage) for head in group.teachers}
+    reasons |= {f"the head of `{name}` is in Gemini's chunks" for name in heads & in_chunks}
     for reason in sorted(reasons):
         ctx.error(
             scope, "E0433", f"a loss over logits cannot be fused: {reason}", setting.span, "wanted here",
@@ -32,6 +35,10 @@ def check(ctx: Context, scope: Scope, decl: ast.Runtime) -> None:
             scope, "E0433", "no loss of this spec is over the logits of a language model", setting.span,
             "nothing to fuse", fix=fix,
         )  # fmt: skip
+
+
+def _placed(placement: ast.Placement) -> str | None:
+    return next((_word(setting) for setting in placement.body if setting.name.text == "placement"), None)
 
 
 def _word(setting: ast.Setting) -> str | None:

@@ -75,8 +75,8 @@ PLACEMENT: Mapping[str, SettingRule] = {
     "offload_param_frac": SettingRule("float", "share of the model in host memory", low=0, high=1),
 }
 
-LATER_RUNTIME = ("tensor_parallel",)
-"""Settings of the gemini backend that come in a later version."""
+TENSOR_PARALLEL = "tensor_parallel"
+"""What users of ColossalAI look for, and what its release cannot do with the transformers of today."""
 
 _WANTS = {
     "int": "a whole number",
@@ -98,9 +98,15 @@ def read(
         name = setting.name.text
         rule = rules.get(name)
         if rule is None:
-            if name in LATER_RUNTIME and "backend" in rules:
-                ctx.evaluate(scope, setting.value)
-                ctx.not_yet(scope, f"`{name}` of the gemini backend", setting.span)
+            if name == TENSOR_PARALLEL and "backend" in rules:
+                ctx.error(
+                    scope, "E0421", f"`{name}` is not offered: ColossalAI 0.5.0 cuts layers as transformers 4 has them",
+                    setting.span, "BERT, GPT-2 and Llama fail with transformers 5",
+                    notes=[
+                        "`shard_param_frac` shares out what is trained over the processes",
+                        "`placement = gemini` shares out a teacher",
+                    ],
+                )  # fmt: skip
                 continue
             label, near = suggest(name, rules)
             ctx.error(
