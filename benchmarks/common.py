@@ -28,6 +28,9 @@ PACKAGES = (
     "nvidia-modelopt",
     "trl",
     "nnsight",
+    "liger-kernel",
+    "colossalai",
+    "triton",
 )
 
 
@@ -138,8 +141,18 @@ def command() -> str:
     return " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])
 
 
-def report(name: str, out: Path, title: str, settings: Mapping[str, Any], body: str, data: Any, *, quick: bool) -> None:
-    """Write `name.md` and `name.json`, and print the first."""
+def report(
+    name: str,
+    out: Path,
+    title: str,
+    settings: Mapping[str, Any],
+    body: str,
+    data: Any,
+    *,
+    quick: bool,
+    quiet: bool = False,
+) -> None:
+    """Write `name.md` and `name.json`, and print the first unless `quiet`."""
     out.mkdir(parents=True, exist_ok=True)
     stem = f"{name}-quick" if quick else name
     where, found = machine(), versions()
@@ -160,5 +173,6 @@ def report(name: str, out: Path, title: str, settings: Mapping[str, Any], body: 
     (out / f"{stem}.md").write_text(text, encoding="utf-8")
     record = {"machine": where, "versions": found, "settings": dict(settings), "data": data}
     (out / f"{stem}.json").write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")
-    print(text)
-    print(f"wrote {out / stem}.md and .json")
+    if not quiet:
+        print(text)
+        print(f"wrote {out / stem}.md and .json")

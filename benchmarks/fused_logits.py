@@ -12,11 +12,12 @@ the hidden states of both models to the gradients of the student's hidden states
 In the same table: the floor. No way does less than four matrix products (the logits of both, the gradients of hidden
 states and weight), which are timed bare beside each run; none can do with less memory than the two gradients and one
 tile of 128 tokens. First all are asserted to agree with the naive form in value and gradient. Each run is in a process
-of its own; the contestants take turns.
+of its own, and the contestants take turns; on a GPU all are in one process, with its cache emptied between them.
 """
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
 import math
@@ -24,7 +25,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -200,6 +201,10 @@ def measure(name: str, loss: str, made: World, device: str, rounds: int, clock: 
     small.x.requires_grad_()
     small.w.requires_grad_()
     WAYS[name](small, loss).backward()  # libraries and threads are there before the count
+    if device == "cuda":
+        run()  # what is compiled is compiled for a shape
+        made.x.grad = made.w.grad = None
+        torch.cuda.empty_cache()
     memory = Memory(device)
     run()
     peak = memory.peak()
@@ -210,6 +215,30 @@ def measure(name: str, loss: str, made: World, device: str, rounds: int, clock: 
         bare.append(timed(lambda: products(made), device, clock))
         times.append(timed(run, device, clock))
     return {"peak": peak, "times": times, "products": bare, "load": os.getloadavg()[0]}
+
+
+def together(
+    shape: tuple[int, int, int], names: Sequence[str], device: str, dtype: torch.dtype, seed: int, rounds: int,
+    *, losses: Sequence[str] = LOSSES,
+) -> tuple[dict[tuple[str, str], list[dict]], dict[str, str]]:  # fmt: skip
+    """All contestants in this process, for a GPU, where a process takes longer to start than to measure.
+
+    Gives the runs, and the errors of those that failed by `name/loss`.
+    """
+    found: dict[tuple[str, str], list[dict]] = {}
+    failed: dict[str, str] = {}
+    for loss in losses:
+        for name in names:
+            made = world(shape, device, dtype, seed)
+            try:
+                found[name, loss] = [measure(name, loss, made, device, rounds, "wall")]
+            except Exception as error:  # out of memory, or whatever a contestant's compiler raises
+                failed[f"{name}/{loss}"] = f"{type(error).__name__}: {str(error).strip()[:300]}"
+            del made
+            gc.collect()
+            if device == "cuda":
+                torch.cuda.empty_cache()
+    return found, failed
 
 
 def agree(device: str, seed: int) -> dict[str, float]:
@@ -260,8 +289,15 @@ def main() -> None:
     options_.add_argument("--dtype", choices=("float32", "bfloat16"), help="float32 on the CPU, bfloat16 on a GPU")
     options_.add_argument("--shape", action="append", help="tokens,vocabulary,width; may be given several times")
     options_.add_argument("--only", help="contestants, with commas")
+    options_.add_argument(
+        "--together",
+        action=argparse.BooleanOptionalAction,
+        help="measure all in this process; so it is on a GPU, unless --no-together",
+    )
     options_.add_argument("--one", nargs=2, help="a contestant and a loss: measure it here and print JSON")
     options = options_.parse_args()
+    if options.together is None:
+        options.together = options.device == "cuda"
     torch.set_num_threads(options.threads)
     dtype = options.dtype or ("bfloat16" if options.device == "cuda" else "float32")
     usual = ((256, 4096, 64),) if options.quick else GPU_SHAPES if options.device == "cuda" else SHAPES
@@ -284,6 +320,14 @@ def main() -> None:
     entries: list[dict[str, Any]] = []
     for shape in shapes:
         found: dict[tuple[str, str], list[dict]] = {}
+        if options.together:
+            rounds = 1 if options.quick else options.rounds
+            found, failed = together(shape, names, options.device, getattr(torch, dtype), options.seed, rounds)
+            sections.append(section(shape, names, found, getattr(torch, dtype).itemsize))
+            entries.append(
+                {"shape": shape, "runs": {"/".join(key): runs for key, runs in found.items()}, "failed": failed}
+            )
+            continue
         for turn in range(1 if options.quick else options.turns):
             order = [(name, loss) for name in names for loss in LOSSES]
             shift = turn % len(order)
@@ -296,12 +340,13 @@ def main() -> None:
         entries.append({"shape": shape, "runs": {"/".join(key): runs for key, runs in found.items()}})
     loads = [run["load"] for entry in entries for runs in entry["runs"].values() for run in runs]
     settings = {
-        "setting": f"{dtype} on the {options.device}; each run in a process of its own, contestants in turn"
+        "setting": f"{dtype} on the {options.device}; "
+        + ("all in one process" if options.together else "each run in a process of its own, contestants in turn")
         + (" (miniature sizes: a smoke run, not a measurement)" if options.quick else ""),
         "threads": options.threads,
         "seconds": "of the wall clock" if options.clock == "wall" else "of the processor",
         "seed": options.seed,
-        "repeats": f"{1 if options.quick else options.turns} processes of each, "
+        "repeats": f"{1 if options.quick or options.together else options.turns} processes of each, "
         f"{1 if options.quick else options.rounds} timed runs in each, every one beside the bare products",
         "load average during the runs": f"{min(loads):.1f} to {max(loads):.1f}",
         "agreement with the naive form": ", ".join(f"{name} {gap:.0e}" for name, gap in gaps.items()),

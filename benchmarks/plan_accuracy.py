@@ -11,7 +11,7 @@ from __future__ import annotations
 import gc
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -30,8 +30,9 @@ from gkd_dsl.planning.estimate import estimate_stage
 from gkd_dsl.planning.layout import Setup
 from gkd_dsl.planning.machine import Machine
 from gkd_dsl.planning.units import in_bytes
-from gkd_dsl.runtime.backends.base import Settings
 from gkd_dsl.runtime.backends.local import LocalBackend
+from gkd_dsl.runtime.backends.make import make_backend
+from gkd_dsl.runtime.models.halved import untrained
 from gkd_dsl.runtime.models.load import load
 from gkd_dsl.runtime.step import StepModule, make_projections
 from gkd_dsl.runtime.teachers.base import TeacherSource
@@ -42,6 +43,23 @@ from gkd_dsl.runtime.teachers.streamed import StreamedTeachers, in_host_memory
 from gkd_dsl.schedules import Clock
 
 GOAL = 0.10
+
+
+@dataclass(frozen=True)
+class Size:
+    """Sizes of the models; the teacher is twice as deep and wide as the student. `fewer` halves the rows."""
+
+    width: int = 192
+    layers: int = 3
+    heads: int = 6
+    words: int = 8000
+    fewer: bool = False
+
+
+USUAL = Size()
+MINIATURE = Size(96, heads=12, words=2000, fewer=True)
+# Of so much that the workspace of cuBLAS and the rounding of the allocator are little beside it.
+GPU = Size(768, 6, 12, 32000)
 
 
 @dataclass(frozen=True)
@@ -101,10 +119,9 @@ CASES = (
 )  # fmt: skip
 
 
-def config(family: str, layers: int, width: int, quick: bool) -> dict[str, Any]:
+def config(family: str, layers: int, width: int, size: Size) -> dict[str, Any]:
     """A config of a family: `layers` x `width`; teacher and student have as many heads."""
-    heads = 2 if quick else 6
-    words = 2000 if quick else 8000
+    heads, words = size.heads, size.words
     if family == "distilbert":
         sizes = {"dim": width, "n_layers": layers, "n_heads": heads, "hidden_dim": 4 * width}
     elif family == "gpt2":
@@ -120,13 +137,15 @@ def config(family: str, layers: int, width: int, quick: bool) -> dict[str, Any]:
     return {"model_type": family, "vocab_size": words, "pad_token_id": 0, **sizes}
 
 
-def write(case: Case, folder: Path, quick: bool) -> Path:
+def write(case: Case, folder: Path, size: Size) -> Path:
     """The spec and the configs of a case."""
-    width = 64 if quick else 192
     teachers = ["t", *(f"t{i}" for i in range(1, case.teachers))]
-    for name, layers, wide in (*((t, 6, 2 * width) for t in teachers), ("s", 3, width)):
+    for name, layers, wide in (
+        *((t, 2 * size.layers, 2 * size.width) for t in teachers),
+        ("s", size.layers, size.width),
+    ):
         (folder / name).mkdir(parents=True)
-        (folder / name / "config.json").write_text(json.dumps(config(case.family, layers, wide, quick)))
+        (folder / name / "config.json").write_text(json.dumps(config(case.family, layers, wide, size)))
     head = "num_labels = 3" if case.task == "classification" else f"task = {case.task}"
     lines = ["gkd 1", *(f'teacher {t} = random_init("./{t}", {head})' for t in teachers)]
     lines += [f'student s = random_init("./s", {head})']
@@ -138,7 +157,7 @@ def write(case: Case, folder: Path, quick: bool) -> Path:
         lines[1:1] = [f'import "gkd:{case.method}" use {case.method}']
         lines += [f"use {case.method}(t -> s) as m"]
     objective = "m" if case.method else " + ".join(case.losses)
-    rows = case.rows // 2 if quick else case.rows
+    rows = case.rows // 2 if size.fewer else case.rows
     lines += ["stage main for 1 epochs {", f"  minimize {objective}", f"  batch_size = {rows}"]
     lines += [f"  accumulate = {case.accumulate}", f"  max_length = {case.length}", "}"]
     folder_of = '    cache = "kept"\n' if case.placement == "cached" else ""
@@ -164,21 +183,23 @@ def batches(stage: StagePlan, words: int) -> list[dict[str, torch.Tensor]]:
     return found
 
 
-def measure(case: Case, folder: Path, device: str, quick: bool) -> dict[str, Any]:
+def measure(case: Case, folder: Path, device: str, size: Size) -> dict[str, Any]:
     """A case planned and run."""
-    checked = check_path(write(case, folder, quick))
+    checked = check_path(write(case, folder, size))
     if not checked.ok:
         raise SystemExit(f"{case.name}: {[d.message for d in checked.diagnostics]}")
     plan = compile_plan(checked.graph, runtime=checked.runtime)
     stage = plan.stages[0]
     kind = "cuda" if device == "cuda" else "cpu"
     planned = estimate_stage(stage, Machine(1, 2**40, 2**40, kind=kind), Setup.of(plan))  # type: ignore[arg-type]
-    backend = LocalBackend(Settings.of((*plan.runtime, ("device", device))))
-    models = {node.name: load(node.info, seed=1) for node in stage.models}
+    backend = make_backend(replace(plan, runtime=tuple({**dict(plan.runtime), "device": device}.items())))
+    assert isinstance(backend, LocalBackend)
+    half = untrained(plan, backend.settings.precision)
+    models = {node.name: load(node.info, seed=1, half=half.get(node.name)) for node in stage.models}
     for name, model in models.items():
         if name != "t" or case.placement == "resident":
             backend.place(model)
-    run, teachers = placed(stage, case.placement, models, backend)
+    run, teachers = placed(stage, case.placement, models, backend, plan.runtime)
     step = StepModule(run, models, make_projections(stage.projections), teachers)
     backend.begin(step, stage.stage.optim)
     words = next(node.info.size("V") or 8 for node in stage.models)
@@ -199,7 +220,11 @@ def measure(case: Case, folder: Path, device: str, quick: bool) -> dict[str, Any
 
 
 def placed(
-    stage: StagePlan, where: str, models: dict[str, PreTrainedModel], backend: LocalBackend
+    stage: StagePlan,
+    where: str,
+    models: dict[str, PreTrainedModel],
+    backend: LocalBackend,
+    runtime: Sequence[tuple[str, Any]] = (),
 ) -> tuple[StagePlan, TeacherSource]:
     """The plan that is run, and where the teacher's taps come from; `t` alone is placed."""
     trained = {target.name for target in stage.stage.trains}
@@ -209,6 +234,11 @@ def placed(
     teacher = next(node for node in fixed if node.name == "t")
     if where == "offload":
         return stage, StreamedTeachers(teacher, models["t"], backend.device, in_host_memory)
+    if where == "gemini":
+        from gkd_dsl.runtime.teachers.gemini import GeminiTeachers
+
+        chunks = {name: value for name, value in runtime if "." not in name}
+        return stage, GeminiTeachers(teacher, lambda: models.pop("t"), chunks=chunks)
     layout = layout_of(stage, "t", Placement("cached"))
     live = LiveTeachers([teacher], {"t": models.pop("t")})
     found = sparse_keys(stage, "t", None)
@@ -259,7 +289,8 @@ def main() -> None:
         if options.only and options.only not in case.name:
             continue
         with TemporaryDirectory() as place:
-            row = measure(case, Path(place), options.device, options.quick)
+            size = MINIATURE if options.quick else GPU if options.device == "cuda" else USUAL
+            row = measure(case, Path(place), options.device, size)
         gc.collect()
         found.append(row)
         print(f"{row['case']:48} {row['ratio']:.3f}  {row['moment']}  {row['parts']}", flush=True)
@@ -275,7 +306,9 @@ def main() -> None:
     settings = {
         "device": options.device,
         "threads": options.threads,
-        "models": "teacher 6 x 384, student 3 x 192, 8,000 words, random weights"
+        "models": "teacher 12 x 1536, student 6 x 768, 32,000 words, random weights"
+        if options.device == "cuda" and not options.quick
+        else "teacher 6 x 384, student 3 x 192, 8,000 words, random weights"
         if not options.quick
         else "miniature models: a smoke run, not a measurement",
     }
