@@ -88,8 +88,10 @@ def _trained(ctx: Context, scope: Scope, info: ModelInfo, expr: ast.Call) -> Mod
         if name in given:
             ctx.error(scope, "E0234", f"`lora` takes `{name}` once", arg.span, "again here")
             return None
-        word = name == "export" and isinstance(arg.value, ast.Name)
-        value = Text(arg.value.id) if word else ctx.evaluate(scope, arg.value)  # type: ignore[attr-defined]
+        if name == "export" and isinstance(arg.value, ast.Name):
+            value: Value = Text(arg.value.id)
+        else:
+            value = ctx.evaluate(scope, arg.value)
         if isinstance(value, Unknown) or not _fits(ctx, scope, name, value, arg.value):
             return None
         given[name], places[name] = value, arg.value
@@ -141,7 +143,7 @@ def _in_range(
     ctx: Context, scope: Scope, info: ModelInfo, found: Lora, places: dict[str, ast.Expr], span: Span
 ) -> bool:
     width = info.size("H") or _ANY_RANK
-    wrong = None
+    wrong: tuple[str, float, str, str, int | None] | None = None
     if not 1 <= found.r <= width:
         wrong = ("r", found.r, f"1 to {width}", "the rank, at most the width of the model", min(max(found.r, 1), width))
     elif found.alpha <= 0:

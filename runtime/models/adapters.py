@@ -137,7 +137,7 @@ def merged(*models: nn.Module) -> Iterator[None]:
 def effective(root: nn.Module, name: str, weight: Tensor) -> Tensor:
     """A weight by its name as the forward uses it: of an adapted map W + scale B A, with its gradient."""
     parent, _, last = name.rpartition(".")
-    layer = root.get_submodule(parent)
+    layer: Any = root.get_submodule(parent)
     if last != "weight" or not hasattr(layer, "get_delta_weight"):
         return weight
     found = weight + layer.get_delta_weight(_NAME)
@@ -164,7 +164,8 @@ def write(model: PreTrainedModel, info: ModelInfo, folder: Path) -> tuple[str, d
     found |= {name: value for name, value in model.state_dict().items() if name in whole}
     tensors = {f"base_model.model.{name}": value.detach().cpu().contiguous() for name, value in found.items()}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = copy.deepcopy(model.peft_config[_NAME])  # type: ignore[index]
+    held: Any = model.peft_config
+    config = copy.deepcopy(held[_NAME])
     place, revision = base_of(info)
     config.base_model_name_or_path, config.revision = place, revision
     config.task_type = _TASKS.get(info.task)
