@@ -199,15 +199,25 @@ def teacher(settings: Settings, what: str, seed: int, folder: Path, root: str = 
 
 
 def method(
-    settings: Settings, name: str, seed: int, folder: Path, root: str = "../..", *, each: int | None = None
+    settings: Settings,
+    name: str,
+    seed: int,
+    folder: Path,
+    root: str = "../..",
+    *,
+    each: int | None = None,
+    weights: str = "",
 ) -> Made:
     """The spec of a method and, beside it, the method's file with equal stages.
 
-    With `each`, every stage has so many steps, and no fine-tuning follows. Raises SpecError where it does not check.
+    With `each`, every stage has so many steps, and no fine-tuning follows. `weights` are further arguments, as the
+    language writes them. Raises SpecError where it does not check.
     """
     info = library.describe(name)
     declared, given = models(settings, info, seed, root)
-    arguments = ", ".join(f"{formal} = {value}" for formal, value in given.items())
+    arguments = ", ".join(
+        [*(f"{formal} = {value}" for formal, value in given.items()), *([weights] if weights else [])]
+    )
     used = [name, *(chosen[name][0] for chosen in (BEFORE, AFTER) if name in chosen)]
     lines = [*header(settings, f"{info.title}.", root), f'import "./{name}.gkd" use {", ".join(used)}', *declared, ""]
     if name in BEFORE:

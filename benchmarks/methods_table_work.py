@@ -118,26 +118,30 @@ def _loaded(outcome: Outcome, name: str) -> tuple[Any, Any]:
     return outcome.result.models[name], transformers.AutoTokenizer.from_pretrained(outcome.exports[name])
 
 
-def key_of(settings: Settings, name: str) -> str:
-    """What a stored row depends on, but for the code: settings, data, and the method's file."""
+def key_of(settings: Settings, name: str, weights: str = "") -> str:
+    """What a stored row depends on, but for the code: settings, data, the method's file, and arguments to it."""
     text = library.method_text(name) if name != BASELINE else ""
-    return hashlib.sha256(f"{settings.key()}/{text}".encode()).hexdigest()[:16]
+    return hashlib.sha256(f"{settings.key()}/{text}{weights}".encode()).hexdigest()[:16]
 
 
-def made(settings: Settings, work: Path, name: str, seed: int) -> Made:
-    """The spec of a method or of the baseline, in the folder of its run."""
+def made(settings: Settings, work: Path, name: str, seed: int, weights: str | None = None) -> Made:
+    """The spec of a method or of the baseline, in the folder of its run; one that is given `weights`, in its own."""
     folder = work / "runs" / f"{name.replace(' ', '_')}-{seed}"
+    if weights is not None:
+        folder = folder.with_name(f"{folder.name}-{key_of(settings, name, weights)}")
     if name == BASELINE:
         return specs.baseline(settings, seed, folder)
-    return specs.method(settings, name, seed, folder)
+    return specs.method(settings, name, seed, folder, weights=weights or "")
 
 
-def run_method(settings: Settings, work: Path, name: str, seed: int, key: str) -> dict[str, Any]:
+def run_method(
+    settings: Settings, work: Path, name: str, seed: int, key: str, weights: str | None = None
+) -> dict[str, Any]:
     """Run a method with a seed, and measure its student. What goes wrong is in the row, as `error`."""
     row: dict[str, Any] = {"method": name, "seed": seed, "key": key}
     started = time.perf_counter()
     try:
-        spec = made(settings, work, name, seed)
+        spec = made(settings, work, name, seed, weights)
         outcome = _run(spec.path, key)
         texts, labels = data.held_out(work / "data")
         said = data.predictions(*_loaded(outcome, "s"), texts, settings.max_length)
