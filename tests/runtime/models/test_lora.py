@@ -3,10 +3,12 @@
 import json
 from dataclasses import replace
 
+import peft
 import pytest
 import torch
 from tiny_models import CASES, CONFIGS, FAMILY_NAMES, batch_of
 from torch.func import functional_call
+from transformers import AutoModel, AutoModelForSequenceClassification
 
 from gkd_dsl.models.describe import describe, random_init, truncated, with_head
 from gkd_dsl.models.errors import ModelError
@@ -245,6 +247,28 @@ def test_a_family_without_a_table(tmp_path):
     labelled = random_init(describe(str(tmp_path)), task="classification", num_labels=3)
     found = load(adapted(replace(labelled, architecture="OPTForSequenceClassification"), targets=("q_proj",)))
     assert [n for n, p in found.named_parameters() if p.requires_grad and ".lora_" not in n] == ["score.weight"]
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+@pytest.mark.parametrize(("family", "task"), [(f, t) for f, t in CASES if t in ("classification", "encoder")])
+def test_written_alone_it_is_read_by_the_library(family, task, place, tmp_path):
+    load(plain(place, family, "encoder"), seed=7).save_pretrained(tmp_path / "base")
+    info = adapted(describe(str(tmp_path / "base"), task=task, num_labels=3 if task == "classification" else None))
+    model = stirred(load(info, seed=3))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and ".lora_" not in name:
+                parameter.add_(0.3)
+    (tmp_path / "alone").mkdir()
+    where, told = adapters.write(model, info, tmp_path / "alone")
+    loader = AutoModelForSequenceClassification if task == "classification" else AutoModel
+    again = peft.PeftModel.from_pretrained(loader.from_pretrained(where, **told), tmp_path / "alone").eval()
+    wanted = model(**batch_of())[0]
+    again.config.pad_token_id = again.base_model.model.config.pad_token_id = model.config.pad_token_id
+    torch.testing.assert_close(again(**batch_of())[0], wanted, atol=1e-5, rtol=1e-4)
+    plain_base = loader.from_pretrained(where, **told).eval()
+    plain_base.config.pad_token_id = model.config.pad_token_id
+    assert not torch.allclose(plain_base(**batch_of())[0], wanted, atol=1e-3)
 
 
 def test_where_the_base_is(place):
