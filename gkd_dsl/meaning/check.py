@@ -8,7 +8,7 @@ from pathlib import Path
 
 import networkx as nx
 
-from gkd_dsl.diagnostics import Diagnostics
+from gkd_dsl.diagnostics import Diagnostics, Label
 from gkd_dsl.graph.nodes import AttrValue, StageNode
 from gkd_dsl.meaning import (
     adapters,
@@ -147,6 +147,7 @@ def _elaborate(ctx: Context, scope: Scope, file: ast.File) -> tuple[tuple[str, A
     while ctx.deferred:
         ctx.deferred.pop(0)()
     runtime: tuple[tuple[str, AttrValue], ...] = ()
+    _once(ctx, scope, [item for item in file.items if isinstance(item, ast.Runtime)])
     for block in file.items:
         if isinstance(block, ast.Runtime):
             runtime += settings.runtime(ctx, scope, block)
@@ -162,6 +163,25 @@ def _elaborate(ctx: Context, scope: Scope, file: ast.File) -> tuple[tuple[str, A
         adapters.unused(ctx, scope, ctx.stages)
         unused.warn(ctx, scope)
     return runtime
+
+
+def _once(ctx: Context, scope: Scope, blocks: list[ast.Runtime]) -> None:
+    """Report a second runtime block, and a second place of one model: it would change the first unseen."""
+    first: dict[str, Span] = {}
+    placed = [stmt for block in blocks for stmt in block.body if isinstance(stmt, ast.Placement)]
+    found = [("the `runtime` block", _word(block.span, len("runtime"))) for block in blocks]
+    found += [(f"the place of `{stmt.name.text}`", stmt.name.span) for stmt in placed]
+    for what, span in found:
+        if what in first:
+            ctx.error(
+                scope, "E0245", f"{what} stands twice", span, "again here",
+                labels=[Label(first[what], "the first", primary=False)], notes=["write all settings in one"],
+            )  # fmt: skip
+        first.setdefault(what, span)
+
+
+def _word(span: Span, length: int) -> Span:
+    return Span(span.source, span.start, span.start + length)
 
 
 def _end(file: ast.File) -> Span:
