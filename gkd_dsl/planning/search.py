@@ -49,19 +49,25 @@ def cheapest(plan: SpecPlan, machine: Machine, current: Setup) -> Proposal | Non
     and is proposed where nothing else fits. None where nothing does.
     What this version does not run is not proposed.
     """
+    return _first(plan, machine, current, _options(plan, machine, current)) or with_cache(plan, machine, current)
+
+
+def with_cache(plan: SpecPlan, machine: Machine, current: Setup) -> Proposal | None:
+    """The first setup that fits with stored outputs of teachers; None where none does, or none can be stored."""
+    return _first(plan, machine, current, _with_cache(plan, machine, current))
+
+
+def _first(plan: SpecPlan, machine: Machine, current: Setup, options: Iterable[Setup]) -> Proposal | None:
     tight: Proposal | None = None
-    for options in (_options(plan, machine, current), _with_cache(plan, machine, current)):
-        for seconds, setup in _ordered(plan, machine, current, options):
-            if least_bytes(plan, machine, setup) > machine.device_memory:
-                continue
-            stages = estimate(plan, machine, setup)
-            if all(stage.fits(machine, _MARGIN) for stage in stages):
-                return Proposal(setup, stages, seconds)
-            if tight is None and all(stage.fits(machine) for stage in stages):
-                tight = Proposal(setup, stages, seconds)
-        if tight is not None:
-            return tight
-    return None
+    for seconds, setup in _ordered(plan, machine, current, options):
+        if least_bytes(plan, machine, setup) > machine.device_memory:
+            continue
+        stages = estimate(plan, machine, setup)
+        if all(stage.fits(machine, _MARGIN) for stage in stages):
+            return Proposal(setup, stages, seconds)
+        if tight is None and all(stage.fits(machine) for stage in stages):
+            tight = Proposal(setup, stages, seconds)
+    return tight
 
 
 def _ordered(plan: SpecPlan, machine: Machine, current: Setup, options: Iterable[Setup]) -> list[tuple[float, Setup]]:

@@ -475,3 +475,13 @@ def test_a_plan_of_405_billion_parameters_loads_no_torch_and_takes_no_two_second
     assert "405.9B" in done.stdout
     # Of the processor: what others run beside it does not count.
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
+
+
+def test_stored_outputs_are_named_where_they_halve_the_time_of_a_step():
+    found = report("distil.gkd", plan_of("405b"), EIGHT)
+    assert found.proposal is not None
+    assert found.stored is not None
+    assert found.stored.cached
+    assert found.stored.seconds <= found.proposal.seconds / 2
+    assert f"takes at least {units.in_seconds(found.stored.seconds)}; to store them" in found.text()
+    assert report("distil.gkd", plan_of("10b"), ONE).stored is None
