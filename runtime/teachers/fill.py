@@ -100,7 +100,7 @@ def _one(
     node = next(node for node in plan.models if node.name == name)
     fields = identity(plan, node, student_of(plan), loader, layout, run.seed(name))
     rows = fields["rows"] + fields["held_out rows"]
-    store = Store(folder, fields, rows, shard_bytes=shard_bytes, about=about(node, layout))
+    store = Store(folder, fields, rows, shard_bytes=shard_bytes, about=about(node, layout), mend=resume)
     missing = np.flatnonzero(~store.has(range(store.total)))
     filling = FillingTeachers(LiveTeachers([node], {name: run.model(name)}), store, layout)
     forward = _whole(plan, name)

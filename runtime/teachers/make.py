@@ -187,7 +187,9 @@ def _cached(plan: StagePlan, node: ModelNode, how: Placement, loader: Any, at: P
         raise RunError(CACHE, f"the stored teacher {folder} has no `{absent[0]}`", "make it again with `gkd cache`")
     if not store.complete:
         raise RunError(
-            CACHE, f"the stored teacher {folder} has {store.count} of {store.total} rows", "go on with `--resume`"
+            CACHE,
+            f"the stored teacher {folder} has {store.count} of {store.total} rows",
+            "go on with `gkd cache --resume`",
         )
     return CachedTeachers(store, layout), layout
 

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,14 @@ from gkd_dsl.models.stored import MANIFEST
 from gkd_dsl.runtime.errors import CACHE, RunError, writing
 
 FORMAT = 1
+_SHARED = "shared.safetensors"
 SHARD_BYTES = 64 * 2**20
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "int32": torch.int32, "bool": torch.bool}
 _HINT = "make it again with `gkd cache`"
+_MEND = "`gkd cache --resume` runs its rows again; with `cache = auto` delete the folder"
+_DATA = (
+    "rows, their order, `held_out` and `max_length` decide it: put back what differs, or make it again with `gkd cache`"
+)
 _BEFORE = {"quantisation": "none"}
 """Fields that earlier manifests lack, and what is said by that."""
 
@@ -58,8 +64,8 @@ class Store:
     """The stored rows of one folder. Rows are addressed by their numbers; padding is not stored.
 
     `identity` says what the rows were made of, field by field; `rows` is how many there are when all are stored;
-    `about` is written besides, and not compared.
-    What was written before is found again, so that a run that was ended goes on.
+    `about` is written besides, and not compared. With `mend` every file is compared with its checksum, and rows of
+    those that are damaged count as missing. What was written before is found again: a run that was ended goes on.
 
     Raises RunError: a folder of another identity (with the field that differs), or one that is damaged.
     """
@@ -73,6 +79,7 @@ class Store:
         shard_bytes: int = SHARD_BYTES,
         read: bool = False,
         about: Mapping[str, Any] | None = None,
+        mend: bool = False,
     ) -> None:
         self.folder, self.identity, self.total = folder, dict(identity), rows
         self.about = dict(about or {})
@@ -86,7 +93,7 @@ class Store:
         self._pending_lengths: dict[int, int] = {}
         self._bytes, self._shard_bytes = 0, shard_bytes
         if (folder / MANIFEST).is_file():
-            self._open()
+            self._open(mend)
         elif read:
             raise RunError(CACHE, f"there is no stored teacher in {folder}", "make it with `gkd cache SPEC`")
 
@@ -133,13 +140,14 @@ class Store:
         lengths = np.array([self._pending_lengths[row] for row in rows], dtype=np.int64)
         tensors = {name: torch.cat([self._pending[int(row)][name].reshape(-1) for row in rows]) for name in self.parts}
         # Only what the manifest names is read: a file of a run that was ended before that is written over.
-        name = f"shard-{len(self._shards):05d}.safetensors"
+        taken = {shard.file for shard in self._shards}
+        name = next(name for number in count() if (name := f"shard-{number:05d}.safetensors") not in taken)
         tensors |= {"rows": torch.from_numpy(rows), "lengths": torch.from_numpy(lengths)}
         with writing("the stored teacher", self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             digest, size = self._save(name, tensors)
-            if self.shared and not (self.folder / "shared.safetensors").is_file():
-                self._save("shared.safetensors", self.shared)
+            if self.shared and not (self.folder / _SHARED).is_file():
+                self._save(_SHARED, self.shared)
             shard = _Shard(name, rows, lengths, digest, size)
             self._take(shard)
             self._write_manifest()
@@ -193,6 +201,8 @@ class Store:
                 os.fsync(file.fileno())
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             size = work.stat().st_size
+            # The library writes files that their owner alone can read; a store may be read by others.
+            os.chmod(work, 0o666 & ~_umask())
             os.replace(work, self.folder / name)
         finally:
             work.unlink(missing_ok=True)
@@ -221,7 +231,7 @@ class Store:
         finally:
             work.unlink(missing_ok=True)
 
-    def _open(self) -> None:
+    def _open(self, mend: bool) -> None:
         path = self.folder / MANIFEST
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
@@ -229,20 +239,41 @@ class Store:
                 raise RunError(CACHE, f"{path} has format {data['format']}, and this version reads {FORMAT}", _HINT)
             refuse_other(data["identity"], self.identity, self.folder)
             self.parts = {name: Part(tuple(part["dims"]), part["dtype"]) for name, part in data["parts"].items()}
-            for entry in data["shards"]:
-                self._take(self._shard(entry))
+            entries = [entry for entry in data["shards"] if not mend or self._whole(entry)]
             if data["shared"]:
-                self.shared = safetensors.torch.load_file(self.folder / "shared.safetensors")
+                try:
+                    self.shared = safetensors.torch.load_file(self.folder / _SHARED)
+                except (OSError, safetensors.SafetensorError):
+                    if not mend:
+                        raise
+                    # It is written anew with the next rows, so that some have to be run.
+                    (self.folder / _SHARED).unlink(missing_ok=True)
+                    entries = entries[:-1]
+            for entry in entries:
+                self._take(self._shard(entry))
         except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
             raise RunError(CACHE, f"the stored teacher {self.folder} cannot be read: {error}", _HINT) from error
 
+    def _whole(self, entry: Mapping[str, Any]) -> bool:
+        """Whether a shard is what the manifest says, all of it."""
+        path = self.folder / entry["file"]
+        if not path.is_file() or path.stat().st_size != entry["bytes"]:
+            return False
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() == entry["sha256"]
+
     def _shard(self, entry: Mapping[str, Any]) -> _Shard:
         path = self.folder / entry["file"]
+        if not path.is_file():
+            raise RunError(CACHE, f"{path} is missing", _MEND)
         size = path.stat().st_size
         if size != entry["bytes"]:
-            raise RunError(CACHE, f"{path} has {size} bytes, and the manifest says {entry['bytes']}", _HINT)
-        with safetensors.safe_open(path, framework="pt") as file:
-            rows, lengths = file.get_tensor("rows").numpy(), file.get_tensor("lengths").numpy()
+            raise RunError(CACHE, f"{path} has {size} bytes, and the manifest says {entry['bytes']}", _MEND)
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                rows, lengths = file.get_tensor("rows").numpy(), file.get_tensor("lengths").numpy()
+        except safetensors.SafetensorError as error:
+            raise RunError(CACHE, f"{path} is damaged: {error}", _MEND) from error
         return _Shard(path.name, rows, lengths, entry["sha256"], size)
 
     def _take(self, shard: _Shard) -> None:
@@ -259,9 +290,9 @@ class Store:
             with path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
-            raise RunError(CACHE, f"{path} cannot be read: {error.strerror}", _HINT) from error
+            raise RunError(CACHE, f"{path} cannot be read: {error.strerror}", _MEND) from error
         if digest != shard.sha256:
-            raise RunError(CACHE, f"{path} is damaged: its checksum is not the manifest's", _HINT)
+            raise RunError(CACHE, f"{path} is damaged: its checksum is not the manifest's", _MEND)
         # A private map: what is not read takes no memory.
         raw = torch.from_file(str(path), shared=False, size=shard.bytes, dtype=torch.uint8)
         head = int.from_bytes(bytes(raw[:8].tolist()), "little")
@@ -282,8 +313,14 @@ def refuse_other(stored: Mapping[str, Any], wanted: Mapping[str, Any], folder: P
                 CACHE,
                 f"the stored teacher {folder} is of another run: {name} is {_short(stored.get(name))} there and "
                 f"{_short(value)} here",
-                _HINT,
+                _DATA if name == "data set" else _HINT,
             )
+
+
+def _umask() -> int:
+    found = os.umask(0)
+    os.umask(found)
+    return found
 
 
 def _short(value: Any) -> str:

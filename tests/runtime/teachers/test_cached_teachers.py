@@ -1,6 +1,7 @@
 """Teachers whose outputs are stored: the same losses, no weights, and refusals by name."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -188,6 +189,41 @@ def test_damage_is_seen(tmp_path):
         run(path)
 
 
+def test_resume_runs_the_rows_of_damaged_files_again(tmp_path):
+    folder = classifiers(tmp_path)
+    path = spec(folder, CLASSIFY, CACHED, OBJECTIVE=ALL)
+    cache(path, shard_bytes=2000)
+    before = run(path).steps
+    kept = folder / "kept" / "main"
+    entries = json.loads((kept / "manifest.json").read_text())["shards"]
+    assert len(entries) > 4
+    files = [kept / entry["file"] for entry in entries]
+    assert cache(path, resume=True)[0].new == 0
+    flipped = bytearray(files[1].read_bytes())
+    flipped[-20] ^= 8
+    files[1].write_bytes(flipped)
+    files[2].unlink()
+    files[3].write_bytes(b"\xff" * entries[3]["bytes"])
+    with pytest.raises(RunError, match=r"shard-00002.safetensors is missing.*--resume"):
+        run(path)
+    (filled,) = cache(path, resume=True)
+    assert (filled.rows, filled.new) == (20, sum(entries[number]["rows"] for number in (1, 2, 3)))
+    # What was whole is as it was.
+    assert files[4].stat().st_size == entries[4]["bytes"]
+    close(run(path).steps, before, 1e-3)
+    assert cache(path, resume=True)[0].new == 0
+
+
+def test_a_store_can_be_read_by_whom_the_umask_lets(tmp_path):
+    folder = classifiers(tmp_path)
+    cache(spec(folder, CLASSIFY, CACHED, OBJECTIVE="soft"))
+    mask = os.umask(0)
+    os.umask(mask)
+    modes = {file.name: file.stat().st_mode & 0o777 for file in (folder / "kept" / "main").iterdir()}
+    assert set(modes.values()) == {0o666 & ~mask}
+    assert len(modes) == 2
+
+
 def test_another_data_set_tokenizer_or_model_is_refused_by_name(tmp_path):
     folder = classifiers(tmp_path)
     path = spec(folder, CLASSIFY, CACHED, OBJECTIVE="soft")
@@ -245,7 +281,7 @@ def test_auto_goes_on_after_a_kill(tmp_path):
 
         def on_step(self, record):
             if record.step == 7:
-                raise MemoryError("killed")
+                raise KeyboardInterrupt
 
         def on_evaluate(self, record):
             pass
@@ -253,7 +289,7 @@ def test_auto_goes_on_after_a_kill(tmp_path):
         def close(self):
             pass
 
-    with pytest.raises(MemoryError):
+    with pytest.raises(KeyboardInterrupt):
         run(path, RunFolder.create("b", out=folder / "b"), listeners=[Kill()])
     rest = run(path, RunFolder.open(folder / "b"), resume=True)
     assert rest.steps == whole.steps[-len(rest.steps) :]
