@@ -51,6 +51,9 @@ def adapted(ctx: Context, scope: Scope, info: ModelInfo, expr: ast.Expr) -> Mode
         )  # fmt: skip
         return None
     libraries.need(ctx, scope, "peft", "an adapter", _INSTALL, expr.span)
+    if (info.build.lora if name == "lora" else info.build.adapter) is not None:
+        ctx.error(scope, "E0245", f"`adapter = {name}(...)` is set twice", expr.span, "again here")
+        return None
     return _trained(ctx, scope, info, expr) if name == "lora" else _merged(ctx, scope, info, expr)
 
 

@@ -155,6 +155,11 @@ def test_a_model_that_nothing_trains_is_doubtful() -> None:
     assert check(spec(SOFT + fit + both, models)).diagnostics.ok
 
 
+def test_one_adapter_is_trained() -> None:
+    models = TEACHER + 'student s = hf("models/student") {\n  adapter = lora(4)\n  adapter = lora(2)\n}\n'
+    assert codes(check(spec(SOFT + stage("minimize soft"), models))) == ["E0245"]
+
+
 def test_without_the_library_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(libraries, "installed", lambda library: library != "peft")
     (found,) = check(text("lora(4)")).diagnostics.errors
