@@ -41,6 +41,7 @@ class RunLog:
         """One line; scalars of each loss raw and weighted, its weight, the rate, the norm and the speed."""
         counters = {"counters": dict(record.counters)} if record.counters else {}
         rewards = {"rewards": dict(record.rewards)} if record.rewards else {}
+        skipped = {"gradient_norm": None, "skipped": True} if record.skipped else {}
         self._line(
             {
                 "kind": "step",
@@ -57,9 +58,12 @@ class RunLog:
                 "tokens_per_second": round(record.tokens_per_second, 1),
                 **counters,
                 **rewards,
+                **skipped,
             }
         )
-        scalars = {"loss": record.loss, "lr": record.lr, "gradient_norm": record.gradient_norm}
+        scalars = {"loss": record.loss, "lr": record.lr}
+        if not record.skipped:
+            scalars["gradient_norm"] = record.gradient_norm
         scalars["tokens_per_second"] = record.tokens_per_second
         for name, value in record.terms.items():
             scalars[f"raw/{name}"] = value

@@ -184,6 +184,7 @@ class StageLoop:
             speed,
             counted,
             {policy.node.name: result.watched[policy.reward] for policy in self.plan.policies},
+            result.skipped,
         )
         for listener in self._listeners:
             listener.on_step(record)

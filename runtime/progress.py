@@ -44,6 +44,9 @@ class Progress:
         self._record = record
         for name, value in record.terms.items():
             self._first.setdefault(name, value)
+        if record.skipped:
+            text = f"  {record.stage} {record.step}/{record.total_steps}  skipped: the gradients are beyond fp16"
+            self.console.print(text, highlight=False, soft_wrap=True, markup=False)
         if self._live is None:
             every = self._every or max(1, record.total_steps // _LINES_A_STAGE)
             if record.step % every == 0 or record.step in (1, record.total_steps):

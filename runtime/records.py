@@ -34,6 +34,7 @@ class StepRecord:
     tokens_per_second of this step
     counters          the value of each counter in this step
     rewards           the reward of each policy, for its choices of the step before
+    skipped           whether the gradients were beyond the numbers of fp16: nothing was updated, the norm is not known
     """
 
     stage: str
@@ -49,6 +50,7 @@ class StepRecord:
     tokens_per_second: float
     counters: Mapping[str, int] = field(default_factory=dict)
     rewards: Mapping[str, float] = field(default_factory=dict)
+    skipped: bool = False
 
 
 @dataclass(frozen=True)

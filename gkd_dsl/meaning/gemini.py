@@ -12,6 +12,10 @@ from gkd_dsl.syntax import ast
 _CODE = "E0421"
 # Of the two placements, each reads settings of its own.
 _STATIC = ("shard_param_frac", "offload_optim_frac", "offload_param_frac")
+_SCALE = (
+    "initial_scale", "min_scale", "max_scale", "growth_factor", "backoff_factor", "growth_interval", "hysteresis",
+)  # fmt: skip
+_SCALES = {"initial_scale": 2.0**16, "min_scale": 1.0, "max_scale": 2.0**32}
 _AUTO = ("warmup_non_model_data_ratio", "steady_cuda_cap_ratio", "gpu_margin_mem_ratio")
 
 
@@ -29,6 +33,12 @@ def check(ctx: Context, scope: Scope, block: ast.Runtime) -> None:
                     scope, _CODE, f"`{name}` is a setting of the gemini backend", stmt.span,
                     "nothing reads it", fix=replace(backend.value.span, "gemini") if backend is not None else None,
                 )  # fmt: skip
+        if words.get("precision") == "fp16":
+            stmt = written["precision"]
+            ctx.error(
+                scope, _CODE, "fp16 needs a loss scale, which the gemini backend has alone", stmt.span,
+                "bf16 needs none", fix=replace(stmt.value.span, "bf16"),
+            )  # fmt: skip
         return
     policy = words.get("placement_policy", "static")
     for name in _AUTO if policy == "static" else _STATIC:
@@ -38,10 +48,18 @@ def check(ctx: Context, scope: Scope, block: ast.Runtime) -> None:
                 scope, _CODE, f"`{name}` is read with `placement_policy = {other}` alone", written[name].span,
                 f"this is {policy}",
             )  # fmt: skip
+    for name in _SCALE:
+        if name in written and words.get("precision") != "fp16":
+            ctx.error(
+                scope, _CODE, f"`{name}` is read with `precision = fp16` alone", written[name].span,
+                "no loss is scaled here",
+            )  # fmt: skip
+    if words.get("precision") == "fp16":
+        _scales(ctx, scope, written)
     if words.get("precision") == "fp32":
         stmt = written["precision"]
         ctx.error(
-            scope, _CODE, "Gemini holds parameters in bf16, with masters in fp32", stmt.span,
+            scope, _CODE, "Gemini holds parameters in half precision, with masters in fp32", stmt.span,
             "it has no fp32", fix=replace(stmt.value.span, "bf16"),
         )  # fmt: skip
     if words.get("device") == "cpu":
@@ -75,6 +93,21 @@ def check(ctx: Context, scope: Scope, block: ast.Runtime) -> None:
             "a parameter is there once for the forward and once for the backward",
             notes=["the ddp backend can"], fix=replace(backend.value.span, "ddp"),
         )  # fmt: skip
+
+
+def _scales(ctx: Context, scope: Scope, written: dict[str, ast.Setting]) -> None:
+    """The least loss scale is at most the first, and the largest at least."""
+    first, least, most = (
+        stmt.value.value if stmt is not None and isinstance(stmt.value, ast.Number) else default
+        for stmt, default in ((written.get(name), value) for name, value in _SCALES.items())
+    )
+    if least <= first <= most:
+        return
+    name = next(name for name in ("initial_scale", "min_scale", "max_scale") if name in written)
+    ctx.error(
+        scope, _CODE, f"the loss scale starts at {first:g}, and has to be between {least:g} and {most:g}",
+        written[name].span, "set here",
+    )  # fmt: skip
 
 
 def _word(value: ast.Expr) -> str:

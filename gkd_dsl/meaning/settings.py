@@ -40,7 +40,7 @@ STAGE: Mapping[str, SettingRule] = {
 
 RUNTIME: Mapping[str, SettingRule] = {
     "backend": SettingRule("word", "where it runs", ("local", "ddp", "gemini")),
-    "precision": SettingRule("word", "precision of the forwards", ("fp32", "bf16")),
+    "precision": SettingRule("word", "precision of the forwards", ("fp32", "bf16", "fp16")),
     "device": SettingRule("word", "the device", ("auto", "cpu", "cuda")),
     "checkpoint": SettingRule("bool", "gradient checkpointing: recompute activations in the backward"),
     "fuse_logits": SettingRule("word", "losses over language-model logits run with the head", ("auto", "on", "off")),
@@ -59,6 +59,13 @@ GEMINI: Mapping[str, SettingRule] = {
     "hidden_dim": SettingRule("int", "step of the chunk size search", low=1, high=10_000_000),
     "max_prefetch": SettingRule("int", "chunks fetched ahead", low=0, high=1024),
     "pin_memory": SettingRule("bool", "page-locked host memory for chunks"),
+    "initial_scale": SettingRule("float", "fp16: the loss scale of the first step", low=1, high=2**32),
+    "min_scale": SettingRule("float", "fp16: the least loss scale", low=2**-24, high=2**32),
+    "max_scale": SettingRule("float", "fp16: the largest loss scale", low=1, high=2**40),
+    "growth_factor": SettingRule("float", "fp16: what the scale grows by", low=1.0001, high=65536),
+    "backoff_factor": SettingRule("float", "fp16: what the scale is multiplied with", low=0.0001, high=0.9999),
+    "growth_interval": SettingRule("int", "fp16: steps without overflow before it grows", low=1, high=10_000_000),
+    "hysteresis": SettingRule("int", "fp16: overflows before it shrinks", low=1, high=1000),
 }
 """Settings of the gemini backend, under Gemini's own names."""
 

@@ -52,6 +52,7 @@ class StepResult:
     weights        the weight of each loss
     gradient_norm  the 2-norm of all gradients, before clipping
     watched        the losses that a counter or a policy reads
+    skipped        whether the gradients were beyond the numbers of fp16, and nothing was updated
     """
 
     loss: float
@@ -59,6 +60,7 @@ class StepResult:
     weights: Mapping[str, float]
     gradient_norm: float
     watched: Mapping[str, float] = field(default_factory=dict)
+    skipped: bool = False
 
 
 class Backend(Protocol):

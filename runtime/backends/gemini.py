@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gkd_dsl.graph.nodes import AttrValue, OptimSpec
 from gkd_dsl.runtime.backends.base import Settings, StepResult
 from gkd_dsl.runtime.backends.ddp import DdpBackend
-from gkd_dsl.runtime.errors import CANNOT_RUN, NOT_FINITE, RunError
+from gkd_dsl.runtime.backends.gemini_scale import PREFIX, LossScale
+from gkd_dsl.runtime.errors import CANNOT_RUN, NOT_FINITE, OUT_OF_MEMORY, RunError, out_of_memory
+from gkd_dsl.runtime.models.halved import HALF
 from gkd_dsl.runtime.models.tapper import plain
 from gkd_dsl.runtime.optim import groups_of
 from gkd_dsl.runtime.processes import Processes
@@ -24,9 +28,11 @@ from gkd_dsl.runtime.step import Batch, StepModule, StepOutput
 from gkd_dsl.runtime.teachers.live import LiveTeachers
 from gkd_dsl.schedules import Clock
 
+log = logging.getLogger("gkd_dsl")
 T = TypeVar("T")
 # With a limit that is never reached Gemini still computes the norm.
 _NO_CLIP = 1e30
+_LOST = ("gloo", "Connection closed by peer", "Connection reset by peer")
 _OURS = ("backend", "precision", "device", "checkpoint", "fuse_logits")
 
 
@@ -66,10 +72,12 @@ class Inside(nn.Module):
 
 
 class GeminiBackend(DdpBackend):
-    """Runs the steps of a stage under Gemini: bf16 parameters, fp32 masters and moments in chunks.
+    """Runs the steps of a stage under Gemini: parameters in half precision, fp32 masters and moments in chunks.
 
     Rows are shared out as by `ddp`. Between stages the models are plain ones in host memory, in fp32.
     """
+
+    kind = "gemini"
 
     def __init__(
         self,
@@ -85,7 +93,8 @@ class GeminiBackend(DdpBackend):
             hint = "`gkd doctor` says how to install it"
             raise RunError(CANNOT_RUN, f"`backend = gemini` needs ColossalAI: {error}", hint) from error
         given = settings if settings is not None else Settings()
-        super().__init__(replace(given, precision="bf16"), processes)
+        precision = given.precision if given.precision in HALF else "bf16"
+        super().__init__(replace(given, precision=precision), processes)
         # Gemini has collective operations in one process too.
         self.processes.join(self.device)
         accelerator = get_accelerator()
@@ -96,7 +105,9 @@ class GeminiBackend(DdpBackend):
         self._arguments = dict(arguments or {})
         self._wrapped: Any = None
         self._gemini: Any = None
+        self._scale: LossScale | None = None
         self._before: dict[nn.Parameter, Tensor] = {}
+        self._broken = False
 
     def place(self, model: PreTrainedModel) -> PreTrainedModel:
         """The model in host memory: Gemini takes what is trained from there."""
@@ -109,6 +120,7 @@ class GeminiBackend(DdpBackend):
             from colossalai.booster.plugin import GeminiPlugin
 
             from gkd_dsl.runtime.backends.gemini_adam import make_adam
+            from gkd_dsl.runtime.backends.gemini_frozen import let_go
 
         if optim.name != "adamw":
             raise RunError(CANNOT_RUN, f"`backend = gemini` has no `{optim.name}`", "write `optim = adamw(...)`")
@@ -123,7 +135,7 @@ class GeminiBackend(DdpBackend):
             least = sum(parameter.numel() for _, parameter in self._named) / 2**20
             arguments = {**arguments, "min_chunk_size_m": min(least, float(arguments.get("min_chunk_size_m", 32.0)))}
         plugin = GeminiPlugin(
-            precision="bf16",
+            precision=self.settings.precision,
             max_norm=optim.clip if optim.clip is not None else _NO_CLIP,
             enable_gradient_accumulation=step.plan.stage.accumulate > 1,
             enable_async_reduce=self._real,
@@ -137,12 +149,22 @@ class GeminiBackend(DdpBackend):
         self._wrapped, self._gemini, *_ = self._booster.boost(
             inside, make_adam(groups, optim.lr, optim.betas, optim.eps)
         )
+        let_go(self._wrapped.gemini_manager)
+        self._scale = LossScale(self._gemini) if self.settings.precision == "fp16" else None
         for buffer, value in buffers.items():
-            # Tables of positions lose too much in bf16.
+            # Tables of positions lose too much in half precision.
             buffer.data = value.to(self.device)
         self._write({parameter: self._before[parameter] for _, parameter in self._named})
         for _, parameter in self._named:
             del self._before[parameter]
+
+    def alive(self) -> dict[str, int]:
+        """Bytes of what this process holds of the stage: chunks, and what is not in any."""
+        if self._wrapped is None:
+            return super().alive()
+        held = self._wrapped.chunk_manager.total_mem
+        fixed = {p.data_ptr(): p.nbytes for model in _resident(self._step.teachers) for p in model.parameters()}
+        return {"chunks on the device": held["cuda"], "in the host": held["cpu"], "other models": sum(fixed.values())}
 
     def _make_optimizer(self, optim: OptimSpec) -> None:
         """Gemini's is made when the step is in chunks."""
@@ -150,16 +172,27 @@ class GeminiBackend(DdpBackend):
     def _own_device(self, step: StepModule) -> None:
         """Gemini moves what it needs."""
 
+    def taps_context(self) -> AbstractContextManager[object]:
+        """Autocast to the dtype of the chunks."""
+        return torch.autocast(self.device.type, dtype=HALF[self.settings.precision])
+
     def infer(self, function: Callable[[], None]) -> None:
         """Run a function that reads parameters, without gradient."""
         if self._wrapped is None:
             super().infer(function)
             return
-        with torch.no_grad(), self.taps_context():
+        with self._together(), torch.no_grad(), self.taps_context():
             self._wrapped(function)
 
     def step(self, batches: Sequence[Batch], clock: Clock, rate: float) -> StepResult:
-        """One optimiser step over all micro-batches. Raises RunError: a loss or a gradient that is not finite."""
+        """One optimiser step over all micro-batches.
+
+        Raises RunError: a loss or a gradient that is not finite, too little memory, a process that has ended.
+        """
+        with self._together(batches):
+            return self._in_chunks(batches, clock, rate)
+
+    def _in_chunks(self, batches: Sequence[Batch], clock: Clock, rate: float) -> StepResult:
         step = self._step
         assert step is not None
         denominators = step.denominators(batches, clock)
@@ -184,24 +217,42 @@ class GeminiBackend(DdpBackend):
         seen = dict(zip(watched, numbers[len(sums) :], strict=True))
         at = f"in step {clock.step + 1} of stage `{step.plan.name}`"
         hint = "go on from the last checkpoint with a lower learning rate"
+        if self._scale is not None:
+            hint = "fp16 has no numbers beyond 65504: write `precision = bf16`"
         for name, value in {**terms, "total": loss}.items():
             if not math.isfinite(value):
                 raise RunError(NOT_FINITE, f"loss `{name}` is {value} {at}", hint)
         for group in self._gemini.param_groups:
             group["lr"] = rate
-        self._gemini.step()
-        size = float(self._gemini.get_grad_norm())
+        skipped = self._update()
+        size = float(self._gemini.get_grad_norm() or 0.0) / (self._scale.used if self._scale is not None else 1.0)
         self._gemini.zero_grad()
+        if skipped:
+            assert self._scale is not None
+            if self._scale.least:
+                message = f"the gradient is beyond fp16 at the least loss scale, {self._scale.used:g}, {at}"
+                raise RunError(NOT_FINITE, message, hint)
+            log.info("step %d is skipped; the loss scale is %g now", clock.step + 1, self._scale.now)
+            step.policies.learn(seen, clock)
+            return StepResult(loss, terms, weights, math.nan, seen, skipped=True)
         if not math.isfinite(size):
             raise RunError(NOT_FINITE, f"the gradient is not finite {at}", hint)
         step.policies.learn(seen, clock)
         return StepResult(loss, terms, weights, size, seen)
 
+    def _update(self) -> bool:
+        """The optimiser's step; whether it was skipped."""
+        if self._scale is not None:
+            return self._scale.step()
+        self._gemini.step()
+        return False
+
     def tensors(self, module: nn.Module) -> dict[str, Tensor]:
         """What a checkpoint holds of a module; of what is in chunks the fp32 masters, from all processes."""
         if self._wrapped is None:
             return super().tensors(module)
-        masters = dict(self._masters())
+        with self._together():
+            masters = dict(self._masters())
         found: dict[str, Tensor] = {}
         seen: set[int] = set()
         for name, value in module.state_dict(keep_vars=True).items():
@@ -222,31 +273,37 @@ class GeminiBackend(DdpBackend):
         """The optimiser's tensors by `what/parameter`, whole on the first process."""
         names = {id(parameter): name for name, parameter in self._named}
         found: dict[str, Tensor] = {}
-        states = self._gemini.state_dict(only_rank_0=True)["state"]
+        with self._together():
+            states = self._gemini.state_dict(only_rank_0=True)["state"]
         for number, parameter in self._gemini.id_to_real_params.items():
             for what, value in states[number].items():
                 whole = value if value.numel() == 1 and what == "step" else value.reshape(parameter.shape)
                 found[f"{what}/{names[id(parameter)]}"] = whole
-        return found
+        return found | (self._scale.state() if self._scale is not None else {})
 
     def load_optimizer_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Put the optimiser's tensors back, whatever the number of processes was."""
         parameters = dict(self._named)
         numbers = {id(parameter): number for number, parameter in self._gemini.id_to_real_params.items()}
         states: dict[int, dict[str, Tensor]] = {}
+        if self._scale is not None:
+            self._scale.load(tensors)
         for key, value in tensors.items():
+            if key.startswith(PREFIX):
+                continue
             what, _, name = key.partition("/")
             states.setdefault(numbers[id(parameters[name])], {})[what] = value
         self._gemini.load_param_states(states)
 
     def end(self) -> None:
-        """Let go of the stage: its models are plain ones again, in host memory."""
+        """Let go of the stage: its models are plain ones again, in host memory. After a failure they are gone."""
         if self._wrapped is None:
             super().end()
             return
         inside, step = self._wrapped.module, self._step
         assert step is not None
-        whole = dict(self._masters())
+        # What failed in one process may be waited for in another for good.
+        whole = {} if self._broken else dict(self._masters())
         # Its destructor looks for hooks on all of its parameters.
         self._wrapped.remove_hooks()
         self._wrapped.module = nn.Identity()
@@ -255,13 +312,32 @@ class GeminiBackend(DdpBackend):
         for module in inside.modules():
             for name, old in list(module.named_parameters(recurse=False)):
                 if id(old) not in made:
-                    value = whole[id(old)] if id(old) in whole else self._before[old].cpu()
+                    value = whole[id(old)] if id(old) in whole else self._before.get(old, torch.empty(0)).cpu()
                     made[id(old)] = nn.Parameter(value, requires_grad=old.requires_grad)
                 module.register_parameter(name, made[id(old)])
         step.to("cpu")
-        self._wrapped = self._gemini = self._booster = None
+        self._wrapped = self._gemini = self._booster = self._scale = None
         self._before = {}
         super().end()
+
+    @contextmanager
+    def _together(self, batches: Sequence[Batch] = ()) -> Iterator[None]:
+        """What all processes do at the same time. Turns a lost process or too little memory into a RunError."""
+        try:
+            yield
+        except Exception as error:
+            self._broken = True
+            if isinstance(error, RuntimeError) and (
+                isinstance(error, dist.DistError) or any(word in str(error) for word in _LOST)
+            ):
+                hint = "what it said is above or below; go on with `--resume`"
+                raise RunError(
+                    CANNOT_RUN, "another process of this run has ended, or cannot be reached", hint
+                ) from error
+            if batches and out_of_memory(error):
+                assert self._step is not None
+                raise RunError(OUT_OF_MEMORY, *self._words(self._step, batches, error)) from error
+            raise
 
     def _reached(self, step: StepModule, batch: Batch, clock: Clock, denominators: Mapping[str, int]) -> StepOutput:
         """The losses; a parameter that they do not hang on gets a gradient of 0, since a chunk waits for all of its."""

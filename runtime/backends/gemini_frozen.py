@@ -1,4 +1,4 @@
-"""GeminiDDP around a model that nothing trains: bf16 chunks, no masters, no gradients."""
+"""GeminiDDP around a model that nothing trains: chunks in half precision, no masters, no gradients."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ class FrozenInChunks(GeminiDDP):
     holds more than its part, one chunk and one parameter.
     """
 
-    def __init__(self, module: nn.Module, find: Find, *, shard: float, offload: float, **settings: Any) -> None:
+    def __init__(
+        self, module: nn.Module, find: Find, dtype: torch.dtype, *, shard: float, offload: float, **settings: Any
+    ) -> None:
         self._find = find
         buffers = {buffer: buffer.data for buffer in module.buffers() if buffer.is_floating_point()}
         for parameter in module.parameters():
@@ -41,7 +43,7 @@ class FrozenInChunks(GeminiDDP):
             # Without an optimiser this means nothing; the offload of parameters is read where it is 1.
             offload_optim_frac=1.0,
             offload_param_frac=offload,
-            mixed_precision=torch.bfloat16,
+            mixed_precision=dtype,
             master_weights=False,
             enable_async_reduce=False,
             min_chunk_size_m=least,
@@ -53,11 +55,9 @@ class FrozenInChunks(GeminiDDP):
             parameter.requires_grad_(False)
         device = get_accelerator().get_current_device()
         for buffer, value in buffers.items():
-            # Tables of positions lose too much in bf16.
+            # Tables of positions lose too much in half precision.
             buffer.data = value.to(device)
-        # Its own is remembered for good, by what was asked first: that would keep a model that is let go.
-        manager = self.gemini_manager
-        manager._get_layout_info = partial(GeminiManager._get_layout_info.__wrapped__, manager)
+        let_go(self.gemini_manager)
         self._find = _nothing
 
     def _preprocess_param(self, p: nn.Parameter) -> None:
@@ -77,6 +77,11 @@ class FrozenInChunks(GeminiDDP):
         return sum(there.values())
 
 
+def let_go(manager: GeminiManager) -> None:
+    """Keep a manager from being kept for good, with all its chunks: what it answers once is remembered by its class."""
+    manager._get_layout_info = partial(GeminiManager._get_layout_info.__wrapped__, manager)
+
+
 class _VectorsInFp32(ColoParamOpHook):
     """Gives operations biases and the weights of norms in fp32, as a model in half precision has them in memory."""
 
@@ -94,9 +99,9 @@ def _read(value: Any) -> Any:
     return value.float() if isinstance(value, ColoParameter) and value.ndim == 1 else value
 
 
-def empty(shape: torch.Size) -> nn.Parameter:
+def empty(shape: torch.Size, dtype: torch.dtype) -> nn.Parameter:
     """A parameter of this shape that takes no memory."""
-    return nn.Parameter(torch.zeros((), dtype=torch.bfloat16).expand(shape))
+    return nn.Parameter(torch.zeros((), dtype=dtype).expand(shape))
 
 
 def _nothing(parameter: nn.Parameter) -> Tensor | None:

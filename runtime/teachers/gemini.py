@@ -1,4 +1,4 @@
-"""A model in Gemini's chunks: in bf16, shared out over the processes and host memory, fetched as it runs."""
+"""A model in Gemini's chunks: in half precision, shared out over the processes and host memory, fetched as it runs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gkd_dsl.graph.nodes import ModelNode
 from gkd_dsl.graph.plan import ForwardPlan
 from gkd_dsl.runtime.backends.gemini import Inside, quiet
 from gkd_dsl.runtime.errors import CANNOT_RUN, RunError
-from gkd_dsl.runtime.models.halved import halve
+from gkd_dsl.runtime.models.halved import HALF, halve
 from gkd_dsl.runtime.models.interventions import Edits
 from gkd_dsl.runtime.models.tapper import Tapper
 from gkd_dsl.runtime.rows import collective
@@ -32,7 +32,7 @@ class GeminiTeachers:
 
     shard    the share of the parameters of which each process holds its part alone
     offload  the share of them that is in host memory
-    chunks   the settings of chunks in the runtime block
+    chunks   the settings of the runtime block
     """
 
     def __init__(
@@ -54,14 +54,15 @@ class GeminiTeachers:
             from gkd_dsl.runtime.backends.gemini_frozen import FrozenInChunks, empty
 
         self.name = node.name
-        model, find = _read(node, whole, empty)
+        dtype = HALF.get(str((chunks or {}).get("precision")), torch.bfloat16)
+        model, find = _read(node, whole, dtype, empty)
         # As it is in memory: the residual stream stays in fp32.
-        halve(model, torch.bfloat16)
+        halve(model, dtype)
         settings = {name: value for name, value in (chunks or {}).items() if name in _CHUNKS}
         # Chunks in pinned memory need not be copied back after use.
         settings.setdefault("pin_memory", torch.cuda.is_available())
         with quiet(), collective():
-            self._wrapped = FrozenInChunks(Inside(model), find, shard=shard, offload=offload, **settings)
+            self._wrapped = FrozenInChunks(Inside(model), find, dtype, shard=shard, offload=offload, **settings)
         self.model = model.eval()
         self._tapper = Tapper(model, node.info)
 
@@ -91,7 +92,10 @@ class GeminiTeachers:
 
 
 def _read(
-    node: ModelNode, whole: Callable[[], PreTrainedModel], empty: Callable[[torch.Size], nn.Parameter]
+    node: ModelNode,
+    whole: Callable[[], PreTrainedModel],
+    dtype: torch.dtype,
+    empty: Callable[[torch.Size, torch.dtype], nn.Parameter],
 ) -> tuple[PreTrainedModel, Callable[[nn.Parameter], Tensor | None]]:
     """A model, and what finds the values of those of its parameters that are empty."""
     try:
@@ -100,14 +104,14 @@ def _read(
         log.info("every process reads `%s` whole before it is shared out: %s", node.name, error.message)
         model = whole()
         if any(not parameter.is_floating_point() for parameter in model.parameters()):
-            message = f"`{node.name}` has weights that are no floating-point numbers, and Gemini holds bf16"
+            message = f"`{node.name}` has weights that are no floating-point numbers, and Gemini holds half precision"
             raise RunError(CANNOT_RUN, message, _HINT) from None
         return model, lambda _: None
     made: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if id(parameter) not in made:
-                made[id(parameter)] = empty(parameter.shape)
+                made[id(parameter)] = empty(parameter.shape, dtype)
             module.register_parameter(name, made[id(parameter)])
     names = {id(parameter): saved[name] for name, parameter in model.named_parameters()}
-    return model, lambda parameter: files.tensor(names[id(parameter)], torch.bfloat16)
+    return model, lambda parameter: files.tensor(names[id(parameter)], dtype)

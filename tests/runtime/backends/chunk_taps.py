@@ -3,9 +3,11 @@
 FOLDER holds a saved model a family. Whether each tap is the same bit for bit, and the bytes that this process holds.
 """
 
+import gc
 import json
 import os
 import sys
+import weakref
 from pathlib import Path
 
 import torch
@@ -73,6 +75,7 @@ def main(out, folder):
                 wanted = live.taps(forward(*paths.values()), inputs, {}, {})
                 full = exact.taps(forward(*paths.values()), inputs, {}, {})
             held.append(source.held())
+            chunks = source._wrapped.chunk_manager
             assert all(type(value) is torch.Tensor and not value.requires_grad for value in taps.values())
             found[f"{family}/{way}"] = {
                 "same": {kind: torch.equal(taps[p.key], wanted[p.key]) for kind, p in paths.items()},
@@ -80,9 +83,13 @@ def main(out, folder):
                 "off": {kind: off(taps[p.key], full[p.key]) for kind, p in paths.items()},
                 "whole": sum(2 * p.numel() for p in half.parameters()),
                 "held": held,
-                "chunks": len(source._wrapped.chunk_manager.get_chunks(source._wrapped.fp16_params)),
+                "chunks": len(chunks.get_chunks(source._wrapped.fp16_params)),
                 "buffers": sorted({str(b.dtype) for b in source.model.buffers() if b.is_floating_point()}),
             }
+            gone = weakref.ref(chunks)
+            del chunks, source, block
+            gc.collect()
+            found[f"{family}/{way}"]["let go"] = gone() is None
     Path(f"{out}.{os.environ['RANK']}").write_text(json.dumps(found))
 
 

@@ -30,6 +30,9 @@ class HostAccelerator(CpuAccelerator):
     def get_current_device(self):
         return torch.device("cpu")
 
+    def device_count(self):
+        return 1
+
     def synchronize(self, *_):
         pass
 

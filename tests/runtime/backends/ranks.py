@@ -15,7 +15,7 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parents[1] / "methods")]
 
 from cases import CASES, full_args  # noqa: E402
-from harness import batch_of, spec, spec_plan, use  # noqa: E402
+from harness import batch_of, errors, spec, spec_plan, use  # noqa: E402
 
 from gkd_dsl.runtime.stages import Run  # noqa: E402
 from gkd_dsl.schedules import Span  # noqa: E402
@@ -79,6 +79,20 @@ def losses(name, rows, backend="local", runtime=(), micro=1):
     return heard.found
 
 
+def refusals(name, backend):
+    """What the check says against a method under a backend: (code, sentence)."""
+    case = CASES[name]
+    block = f"runtime {{\n  backend = {backend}\n}}"
+    return errors(spec(case.models, *use(name, case.call, full_args(name)), "run m", block))
+
+
+def takes_gradients(name):
+    """Whether a step of the method takes the gradient of a loss on its way."""
+    case = CASES[name]
+    plan = spec_plan(spec(case.models, *use(name, case.call, full_args(name)), "run m"), case.warns)
+    return any(getattr(item, "op", None) == "gradient" for stage in plan.stages for item in stage.program)
+
+
 def started(count, script, *arguments, **more):
     """A script as so many processes that find each other; torchrun's variables."""
     with socket.socket() as probe:
@@ -106,6 +120,9 @@ if __name__ == "__main__":
         settings = {"precision": "bf16", "min_chunk_size_m": 0.001, "search_range_m": 1}
     found = {}
     for name in names:
+        if refused := refusals(name, backend):
+            found[name] = {"refused": refused}
+            continue
         # Some accumulate.
         found[name] = losses(name, int(rows), backend, settings.items(), 1 + (len(name) % 2))
     Path(f"{out}.{os.environ['RANK']}").write_text(json.dumps(found))

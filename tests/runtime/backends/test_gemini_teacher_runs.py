@@ -10,6 +10,8 @@ from ranks import HERE, started
 from safetensors import safe_open
 from small_folders import write, write_decoders
 
+from gkd_dsl.meaning.check import check_path
+
 pytestmark = pytest.mark.gemini
 STEPS = 3
 SPEC = f"""gkd 1
@@ -103,8 +105,7 @@ def place(tmp_path_factory):
 
 
 def test_the_losses_and_metrics_of_a_teacher_in_memory(place):
-    """To the rounding of its weights to bf16: 2^-8."""
-    close(place / "one", place / "resident")
+    assert losses(place / "one") == losses(place / "resident")
     for run in ("one", "two"):
         assert len(lines(place / run, "evaluate")) == len(lines(place / "resident", "evaluate")) == 3
         for one, other in zip(lines(place / run, "evaluate"), lines(place / "resident", "evaluate"), strict=True):
@@ -156,11 +157,7 @@ def test_logits_are_fused_with_the_head_of_the_student_alone(language):
     close(language / "auto", language / "off")
 
 
-def test_where_fusing_is_wanted_it_says_why_not(language):
-    import subprocess
-
-    (process,) = gkd(1, language, "on.gkd", "--out", "on", stderr=subprocess.PIPE, text=True)
-    _, said = process.communicate(timeout=100)
-    assert process.returncode == 1
-    assert "`fuse_logits = on`, and the head of `t` is no plain linear map in memory" in said
-    assert "Traceback" not in said
+def test_where_fusing_is_wanted_the_check_says_why_not(language):
+    found = check_path(language / "on.gkd").diagnostics.errors
+    assert [d.code for d in found] == ["E0433"]
+    assert "the head of `t` is in Gemini's chunks" in found[0].message

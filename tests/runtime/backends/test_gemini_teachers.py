@@ -64,6 +64,7 @@ def test_taps_are_those_of_the_model_in_bf16(found, count, family, way):
         assert one["stopped"]
         # To the rounding of bf16 those of the fp32 model: 2^-8 a rounding, some dozens of them.
         assert max(one["off"].values()) < 0.1
+        assert one["let go"]
         assert one["buffers"] in ([], ["torch.float32"])
 
 
