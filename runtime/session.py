@@ -49,7 +49,8 @@ class Outcome:
 def plan_of(checked: Checked) -> SpecPlan:
     """The plan of a spec that can run.
 
-    Raises SpecError: it does not check, a parameter has no value, or it asks for what this version does not run.
+    Raises SpecError: it does not check, a parameter has no value, or it asks for what this version does not run; and
+    RunError: a file of methods alone.
     """
     problems = Diagnostics(list(checked.diagnostics.errors))
     for diagnostic in checked.later:
@@ -65,6 +66,9 @@ def plan_of(checked: Checked) -> SpecPlan:
         problems.error("E0420", f"the parameter `{name}` has no value", span, f"run with `--set {name}=...`")
     if not problems.ok:
         raise SpecError(problems)
+    if not checked.stages:
+        message = f"{checked.file.source.name} holds methods only, and a run is of a spec's stages"
+        raise RunError(CANNOT_RUN, message, "`gkd init --method NAME --teacher PLACE` writes a spec that uses a method")
     return compile_plan(checked.graph, runtime=checked.runtime)
 
 

@@ -112,7 +112,10 @@ def _watch(children: list[_Child]) -> tuple[int, str]:
     first = next((child for child in failed if child.process.returncode < 0), failed[0])
     told = f"process {first.rank} of {len(children)} {first.how()}, and the others were stopped"
     words = first.last_words()
-    return FAULT, f"{told}; it said:\n{words}" if words else told
+    told = f"{told}; it said:\n{words}" if words else told
+    if first.process.returncode < 0:
+        return FAULT, f"{told}\n   = the last checkpoint is whole: go on with `--resume`"
+    return FAULT, f"{told}\n   = mend what it said; `--resume` goes on where a checkpoint is"
 
 
 def _end(children: list[_Child]) -> None:

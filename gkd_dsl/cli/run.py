@@ -107,7 +107,6 @@ def _launch(
     code, told = launch(words, processes)
     if told:
         typer.echo(f"error: {told}", err=True)
-        typer.echo("   = the last checkpoint is whole: go on with `--resume`", err=True)
     raise typer.Exit(code)
 
 

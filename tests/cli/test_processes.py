@@ -130,7 +130,7 @@ def test_killed_in_two_goes_on_in_one(place: Path) -> None:
     assert process.returncode == 1
     assert time.monotonic() - began < 30
     assert "process 1 of 2 was ended by SIGKILL" in said
-    assert "--resume" in said
+    assert "the last checkpoint is whole: go on with `--resume`" in said
     assert "Traceback" not in said
     assert len([line for line in lines(place / "killed") if line["kind"] == "step"]) < STEPS
     run_spec(check_path(place / "a.gkd"), name="a", out=place / "killed", resume=True, measure=False)
@@ -156,6 +156,8 @@ def test_micro_batches_that_cannot_be_shared_out(place: Path) -> None:
     assert process.returncode == 1
     assert "error[E0807]: stage `main` has micro-batches of 6 texts, for 4 processes" in said
     assert "write `batch_size = 8`" in said
+    assert "mend what it said" in said
+    assert "the last checkpoint is whole" not in said
 
 
 def test_processes_do_not_start_processes(place: Path, monkeypatch) -> None:

@@ -55,6 +55,14 @@ def test_a_run_that_is_not_there(folder: Path, words: tuple[str, ...]) -> None:
     assert "error[E0807]: nothing is not a run folder" in said(*words)
 
 
+@pytest.mark.parametrize("command", ["run", "cache"])
+def test_a_file_of_methods_alone(folder: Path, command: str) -> None:
+    text = "gkd 1\n\nmethod m(teacher t, student s) {\n  total = kl(s.logits <- t.logits)\n}\n"
+    (folder / "only.gkd").write_text(text)
+    assert "error[E0807]: only.gkd holds methods only" in said(command, "only.gkd", "--offline")
+    assert not (folder / "runs").exists()
+
+
 def test_a_teacher_alone_is_trained_with_nothing_beside_it(folder: Path) -> None:
     alone = SPEC.replace("student s = truncated(t, layers = [0])\n", "").replace(
         "kl(s.logits <- t.logits)", "cross_entropy(t.logits, batch.labels)"
