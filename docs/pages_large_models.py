@@ -42,8 +42,11 @@ ONE = Machine(1, 80 * 2**30, 512 * 2**30)
 _TOP_K = 64
 
 _PLAN = re.compile(r"(<!-- plan of the block above: ([^\n]*?) -->\n```text\n).*?(^```$)", re.M | re.S)
-_BLOCK = re.compile(r"^```gkd\n((?:teacher t = [^\n]*\{\n.*?^\}\n\n?)?runtime \{\n.*?^\}\n)```$", re.M | re.S)
-_TEACHER = "teacher t = hf(teacher)\n"
+_OF_MODEL = r"(?:(?:teacher t|student s) = [^\n]*\{\n.*?^\}\n\n?)?"
+_BLOCK = re.compile(rf"^```gkd\n({_OF_MODEL}runtime \{{\n.*?^\}}\n)```$", re.M | re.S)
+    r"^```gkd\n((?:(?:teacher t|student s) = [^\n]*\{\n.*?^\}\n\n?)?runtime \{\n.*?^\}\n)```$", re.M | re.S
+)
+_MODELS = ("teacher t = hf(teacher)\n", 'student s = hf("student")\n')
 _TABLE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(^<!-- end -->$)", re.M | re.S)
 
 
@@ -79,13 +82,14 @@ def planned(block: str, options: str) -> str:
 def example(block: str) -> Iterator[Path]:
     """The path of `examples/large/distil.gkd` with another runtime block, beside the configs that it names.
 
-    A declaration of the teacher before the runtime block stands in for the example's.
+    A declaration of a model before the runtime block stands in for the example's.
     """
     text = (LARGE / "distil.gkd").read_text(encoding="utf-8")
     text = text[: text.index("\nruntime {")]
-    teacher, _, runtime = block.rpartition("runtime {")
-    if teacher:
-        text = text.replace(_TEACHER, teacher)
+    model, _, runtime = block.rpartition("runtime {")
+    for written in _MODELS if model else ():
+        if model.startswith(written.partition(" = ")[0]):
+            text = text.replace(written, model)
     with tempfile.TemporaryDirectory() as folder:
         for config in LARGE.glob("*/config.json"):
             (Path(folder) / config.parent.name).symlink_to(config.parent, target_is_directory=True)

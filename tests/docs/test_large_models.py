@@ -497,6 +497,7 @@ PROVOKED: dict[str, Callable[[pytest.MonkeyPatch], str]] = {
     " rows": row_missing,
     "needs ColossalAI": lambda patch: without(patch, "colossalai", ran(in_block("backend = gemini"))),
     "masters in fp32": check(in_block("backend = gemini", "precision = fp32")),
+    "a loss scale": check(in_block("precision = fp16")),
     "AdamW alone": check(in_block("backend = gemini"), SPEC.replace("adamw(lr = 1e-3, warmup = 1 step)", "sgd(lr = 1e-3)")),
     "inside a step": check(
         in_block("backend = gemini"),
