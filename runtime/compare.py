@@ -16,6 +16,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from gkd_dsl.runtime.export import weight_bytes
+from gkd_dsl.runtime.models import quantised
 from gkd_dsl.runtime.models.halved import halved
 
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
@@ -158,7 +159,7 @@ def compare(
 
 def parameters(model: nn.Module) -> int:
     """How many parameters a model has; shared ones count once."""
-    return sum(parameter.numel() for parameter in model.parameters())
+    return sum(quantised.numbers(parameter) for parameter in model.parameters())
 
 
 def tensor_bytes(model: nn.Module) -> int:

@@ -53,6 +53,11 @@ def is_quantised(model: nn.Module) -> bool:
     return bool(getattr(model, "is_quantized", False))
 
 
+def numbers(parameter: nn.Parameter) -> int:
+    """How many numbers a parameter holds: of 4 bits, bitsandbytes packs two in a byte."""
+    return parameter.numel() * (2 if type(parameter).__name__ == "Params4bit" else 1)
+
+
 def refuse_unfit(model: PreTrainedModel, info: ModelInfo) -> None:
     """Raise ModelError where nothing was quantised, or layers cannot run here."""
     layers = {name: module for name, module in model.named_modules() if _quantised(module)}
