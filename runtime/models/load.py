@@ -130,7 +130,7 @@ def load_with_report(
         else:
             model, report = _copied(info, models or {})
     if info.task == "classification" and model.config.pad_token_id is None:
-        model.config.pad_token_id = _pad_token(info, model)
+        model.config.pad_token_id = padding_token(info, model)
     _settle(model, dtype, half)
     if quantised.is_quantised(model):
         # Where it was quantised: on the GPU, where there is one.
@@ -338,7 +338,7 @@ def _source(info: ModelInfo, *, tokenizer: bool = False) -> tuple[str, str | Non
     return str(folder), None
 
 
-def _pad_token(info: ModelInfo, model: PreTrainedModel) -> int | None:
+def padding_token(info: ModelInfo, model: PreTrainedModel) -> int | None:
     """The id that a decoder's classifier takes for padding: the tokenizer's, else the end of text."""
     if info.vocabulary is not None:
         return load_tokenizer(info).pad_token_id

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from gkd_dsl.models.info import ModelInfo
 from gkd_dsl.runtime.errors import CANNOT_RUN, RunError
 from gkd_dsl.runtime.models.halved import halve
-from gkd_dsl.runtime.models.load import build
+from gkd_dsl.runtime.models.load import build, padding_token
 from gkd_dsl.runtime.teachers.streamed import blocks_of
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -91,6 +91,8 @@ def on_disk(
         for key in ("num_hidden_layers", "layer_types", "n_layer", "n_layers"):
             if hasattr(whole.config, key):
                 setattr(config, key, deepcopy(getattr(whole.config, key)))
+    if info.task == "classification" and model.config.pad_token_id is None:
+        model.config.pad_token_id = padding_token(info, model)
     model.tie_weights()
     inside = {id(p) for block in blocks for p in block.parameters()}
     saved: dict[str, str] = {}

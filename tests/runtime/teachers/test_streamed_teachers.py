@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from stored_world import CLASSIFY, LANGUAGE, V, classifiers, decoders, placed, run, spec
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
 
 from gkd_dsl.graph.nodes import ModelNode
 from gkd_dsl.graph.plan import ForwardPlan, TapPlan
@@ -100,6 +100,18 @@ def test_taps_of_every_kind(tmp_path, place, kind):
     for key, value in wanted.items():
         assert torch.equal(found[key], value), key
     assert source.held() == 0
+
+
+@pytest.mark.parametrize("place", ["offload", "disk"])
+def test_a_decoder_that_classifies_knows_its_padding(tmp_path, place):
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=V, n_positions=40, n_embd=24, n_layer=2, n_head=2, num_labels=3, eos_token_id=2,
+                        bos_token_id=1)  # fmt: skip
+    GPT2ForSequenceClassification(config).save_pretrained(tmp_path / "g")
+    info = describe(str(tmp_path / "g"))
+    live = LiveTeachers([ModelNode("model/g", "t", "teacher", info)], {"t": load(info)})
+    forward = forward_of(TapPath("logits"))
+    assert torch.equal(*(s.taps(forward, inputs(), {}, {})["logits"] for s in (streamed(tmp_path, "g", place), live)))
 
 
 @pytest.mark.parametrize("place", ["offload", "disk"])
