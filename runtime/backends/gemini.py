@@ -379,7 +379,17 @@ class GeminiBackend(DdpBackend):
                 chunk32.payload[start - first : stop - first].copy_(flat[start - info.offset : stop - info.offset])
             changed[id(chunk)] = chunk
         for chunk in changed.values():
-            chunk.optim_update()
+            _follow(chunk)
+
+
+def _follow(chunk: Any) -> None:
+    """Round a chunk's parameters from its masters, which before the first step may be in host memory without them."""
+    masters = chunk.paired_chunk
+    if chunk.is_gathered or chunk.device_type == masters.device_type:
+        chunk.optim_update()
+        return
+    chunk.payload.copy_(masters.payload)
+    chunk.cpu_vis_flag = False  # What pinned memory holds of it is old.
 
 
 def _resident(teachers: Any) -> Iterator[nn.Module]:
