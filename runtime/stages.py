@@ -34,7 +34,7 @@ from gkd_dsl.runtime.records import EvaluateRecord, Listener, StageRecord, StepR
 from gkd_dsl.runtime.run_folder import RunFolder
 from gkd_dsl.runtime.step import Batch, StepModule, make_projections
 from gkd_dsl.runtime.teachers.base import TeacherSource
-from gkd_dsl.runtime.teachers.make import Made, Place, Placement, make_teachers, placements
+from gkd_dsl.runtime.teachers.make import Made, Place, Placement, make_teachers, placements, source_of
 from gkd_dsl.schedules import Clock
 
 _PLAN = "plan.json"
@@ -207,9 +207,8 @@ class Run:
         """The seed of a model's new weights."""
         return self._seeds.get(model, 0)
 
-    def placed(self, plan: StagePlan) -> Made:
-        """A stage whose models have their places; those whose outputs are stored are not made. Raises RunError."""
-        at = Place(
+    def _at(self, plan: StagePlan) -> Place:
+        return Place(
             self.model,
             student_of(plan),
             self._seeds,
@@ -221,8 +220,16 @@ class Run:
             half=self._half,
             chunks=dict(self.plan.runtime),
         )
+
+    def alone(self, plan: StagePlan, name: str) -> TeacherSource:
+        """A model of a stage that no stage trains, run by itself: in memory, or streamed where it is placed so."""
+        node = next(node for node in plan.models if node.name == name)
+        return source_of(node, self._placements.get(name, Placement()), self._at(plan), {})
+
+    def placed(self, plan: StagePlan) -> Made:
+        """A stage whose models have their places; those whose outputs are stored are not made. Raises RunError."""
         with self.enough(f"load the models of stage `{plan.name}`", plan):
-            made = make_teachers(plan, self._placements, self.loader(plan), at)
+            made = make_teachers(plan, self._placements, self.loader(plan), self._at(plan))
         for name, placement in self._placements.items():
             # A student that starts from its weights has them by now.
             if placement.place in ("cached", "disk", "gemini"):

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from gkd_dsl.graph.nodes import AttrValue
 from gkd_dsl.graph.plan import ForwardPlan, SpecPlan, StagePlan
 from gkd_dsl.graph.stored import forwards_of, refusals
+from gkd_dsl.runtime.backends.base import Settings
+from gkd_dsl.runtime.backends.local import device_of
 from gkd_dsl.runtime.data.loader import Loader
 from gkd_dsl.runtime.errors import CACHE, CANNOT_RUN, RunError, Stopped
 from gkd_dsl.runtime.interrupt import StopRequest
+from gkd_dsl.runtime.models.halved import untrained
 from gkd_dsl.runtime.stages import Run, student_of
 from gkd_dsl.runtime.teachers.cached import FillingTeachers
 from gkd_dsl.runtime.teachers.identity import about, identity, runs, stored_identity
-from gkd_dsl.runtime.teachers.live import LiveTeachers
 from gkd_dsl.runtime.teachers.make import Placement, layout_of, placements, rows_of, stage_folder
+from gkd_dsl.runtime.teachers.room import place_for
 from gkd_dsl.runtime.teachers.store import SHARD_BYTES, Store
 
 Told = Callable[[str, str, int, int], None]
@@ -70,7 +74,7 @@ def fill(
         raise RunError(CANNOT_RUN, "this spec has no teacher whose outputs can be stored", _reasons(plan))
     if top_k is not None:
         chosen = {name: replace(how, top_k=top_k) for name, how in chosen.items()}
-    run = Run(replace(plan, backend="local", runtime=_resident(plan)), root=root)
+    run = Run(replace(plan, backend="local", runtime=_alone(plan, chosen)), root=root)
     found: list[Filled] = []
     with StopRequest() as stop:
         for stage in plan.stages:
@@ -102,7 +106,7 @@ def _one(
     rows = fields["rows"] + fields["held_out rows"]
     store = Store(folder, fields, rows, shard_bytes=shard_bytes, about=about(node, layout), mend=resume)
     missing = np.flatnonzero(~store.has(range(store.total)))
-    filling = FillingTeachers(LiveTeachers([node], {name: run.model(name)}), store, layout)
+    filling = FillingTeachers(run.alone(plan, name), store, layout)
     forward = _whole(plan, name)
     done = store.total - len(missing)
     with run.enough(f"run `{name}`", plan, "lower `batch_size`, then go on with `--resume`"):
@@ -143,6 +147,11 @@ def _reasons(plan: SpecPlan) -> str:
     return "; ".join(reason for name in names if (reason := _why(plan, name)))
 
 
-def _resident(plan: SpecPlan) -> tuple:
-    """Of the runtime block what the forwards hang on: here one process runs the model, whole."""
-    return tuple((name, value) for name, value in plan.runtime if name in ("precision", "device"))
+def _alone(plan: SpecPlan, names: Iterable[str]) -> tuple[tuple[str, AttrValue], ...]:
+    """What the forwards hang on: one process runs the models, streamed where they are too large for its device."""
+    kept = tuple((name, value) for name, value in plan.runtime if name in ("precision", "device"))
+    settings = Settings.of(kept)
+    infos = {node.name: node.info for stage in plan.stages for node in stage.models}
+    device, half = device_of(settings.device), untrained(plan, settings.precision)
+    places = {name: place_for(infos[name], name in half, device) for name in names}
+    return (*kept, *((f"{name}.placement", place) for name, place in places.items() if place != "resident"))

@@ -121,7 +121,7 @@ def make_teachers(plan: StagePlan, placed: Mapping[str, Placement], loader: Any,
                 continue
             sources[node.name], layouts[node.name] = _cached(plan, node, how, loader, at)
         else:
-            source = _in_memory(node, how, at, models)
+            source = source_of(node, how, at, models)
             filling = _filling(plan, node, how, loader, at, source) if how.cache == "auto" else None
             if filling is not None:
                 source, layouts[node.name] = filling
@@ -217,7 +217,8 @@ def _filling(
     return FillingTeachers(inner, store, layout), layout
 
 
-def _in_memory(node: ModelNode, how: Placement, at: Place, models: dict[str, PreTrainedModel]) -> TeacherSource:
+def source_of(node: ModelNode, how: Placement, at: Place, models: dict[str, PreTrainedModel]) -> TeacherSource:
+    """The source of one model in its place; one that is in memory is added to `models`."""
     if how.place in ("offload", "disk", "gemini"):
         if node.name not in at.streamed:
             at.streamed[node.name] = _in_chunks(node, how, at) if how.place == "gemini" else _streamed(node, how, at)
