@@ -44,8 +44,6 @@ _TOP_K = 64
 _PLAN = re.compile(r"(<!-- plan of the block above: ([^\n]*?) -->\n```text\n).*?(^```$)", re.M | re.S)
 _OF_MODEL = r"(?:(?:teacher t|student s) = [^\n]*\{\n.*?^\}\n\n?)?"
 _BLOCK = re.compile(rf"^```gkd\n({_OF_MODEL}runtime \{{\n.*?^\}}\n)```$", re.M | re.S)
-    r"^```gkd\n((?:(?:teacher t|student s) = [^\n]*\{\n.*?^\}\n\n?)?runtime \{\n.*?^\}\n)```$", re.M | re.S
-)
 _MODELS = ("teacher t = hf(teacher)\n", 'student s = hf("student")\n')
 _TABLE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(^<!-- end -->$)", re.M | re.S)
 
