@@ -240,7 +240,7 @@ def placed(
         chunks = {name: value for name, value in runtime if "." not in name}
         return stage, GeminiTeachers(teacher, lambda: models.pop("t"), chunks=chunks)
     layout = layout_of(stage, "t", Placement("cached"))
-    live = LiveTeachers([teacher], {"t": models.pop("t")})
+    live = LiveTeachers([teacher], {"t": backend.place(models.pop("t"))})
     found = sparse_keys(stage, "t", None)
     run = sparse(stage, dict.fromkeys(found, layout.top_k)) if layout.top_k is not None else stage
     return run, Stored(live, layout, stage)
