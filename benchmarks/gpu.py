@@ -6,8 +6,9 @@
   4  teachers of 14B, 32B and 70B: whether they run, at what peak, at what share of the link's bandwidth
   5  losses over a head whose logits are never whole, beside the others
 
-Every row is measured in a process that a failure of another does not reach; the result is written after each, and rows
-that fail stay in it. With `--device cpu --quick` all parts run on miniature models, which measures nothing.
+Every row is measured in a process that a failure of another does not reach; each part has a result file, written after
+each row, and rows that fail stay in it. With `--device cpu --quick` all parts run on miniature models, which measures
+nothing.
 
   python benchmarks/gpu.py --parts 1,2,3,4,5 --minutes 9
 """
@@ -48,7 +49,7 @@ def main() -> None:
     parts = [int(word) for word in given.parts.split(",")]
     os.environ["GKD_GPU_RUN"] = str(os.getpid())
     began = time.monotonic()
-    found: dict[int, list[dict[str, Any]]] = {}
+    found: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="gkd-gpu-") as place:
         for number, part in enumerate(parts):
             allowed = 60 * given.minutes
@@ -57,37 +58,32 @@ def main() -> None:
                 allowed = min(allowed, left / (len(parts) - number))
 
             def done(rows: list[dict[str, Any]], part: int = part) -> None:
-                found[part] = rows
-                write(found, options, given.out, quiet=True)
+                found[:] = rows
+                write(part, found, options, given.out, quiet=True)
 
             start = time.monotonic()
             try:
                 run_part(part, options, start + allowed, Path(place), done)
             except Exception as error:
                 done([{"row": "all", "error": f"{type(error).__name__}: {error}"}])
+            write(part, found, options, given.out)
             print(f"part {part} took {time.monotonic() - start:.0f} s", flush=True)
-    write(found, options, given.out)
 
 
-def write(
-    found: Mapping[int, Sequence[Mapping[str, Any]]], options: Options, out: Path, *, quiet: bool = False
-) -> None:
-    """The result as it stands."""
-    stem = "gpu" if options.device == "cuda" else "gpu-cpu"
-    bodies = []
-    for part, rows in sorted(found.items()):
-        bodies.append(importlib.import_module(PARTS[part]).body(rows))
-        failed = [row for row in rows if "error" in row]
-        if failed:
-            bodies.append(f"{len(failed)} of {len(rows)} rows failed.")
+def write(part: int, rows: Sequence[Mapping[str, Any]], options: Options, out: Path, *, quiet: bool = False) -> None:
+    """The result of a part as it stands: `gpu_losses.md` and `.json`, and so on; `gpu_losses-cpu` without a GPU."""
+    stem = PARTS[part] if options.device == "cuda" else f"{PARTS[part]}-cpu"
+    body = importlib.import_module(PARTS[part]).body(rows)
+    failed = [row for row in rows if "error" in row]
+    if failed:
+        body += f"\n\n{len(failed)} of {len(rows)} rows failed."
     settings = {
         "device": hardware(options),
         "models": "random weights"
         + (", miniature: a smoke run, not a measurement" if options.quick else "; batches of random tokens"),
         "seed": options.seed,
     }
-    data = {str(part): list(rows) for part, rows in found.items()}
-    report(stem, out, TITLE, settings, "\n\n".join(bodies), data, quick=options.quick, quiet=quiet)
+    report(stem, out, TITLE, settings, body, list(rows), quick=options.quick, quiet=quiet)
 
 
 def hardware(options: Options) -> str:

@@ -132,6 +132,6 @@ def test_one_part_as_a_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu_heads, "rows", lambda options: [Row("agreement", gpu_heads.agreement)])
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu", "--quick", "--parts", "5", "--out", str(tmp_path)])
     gpu.main()
-    data = json.loads((tmp_path / "gpu-cpu-quick.json").read_text())["data"]
-    assert data["5"][0]["gaps"]["ours"] < 1e-5
-    assert "Agreement with the naive form" in (tmp_path / "gpu-cpu-quick.md").read_text()
+    data = json.loads((tmp_path / "gpu_heads-cpu-quick.json").read_text())["data"]
+    assert data[0]["gaps"]["ours"] < 1e-5
+    assert "Agreement with the naive form" in (tmp_path / "gpu_heads-cpu-quick.md").read_text()
