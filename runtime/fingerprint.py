@@ -14,6 +14,10 @@ _DIGESTED = ("forwards", "valid_program", "counted", "program")
 _PLACES = ("path", "file", "locations", "location")
 
 
+_HOW = ("backend", "device", "checkpoint", "fuse_logits")
+"""Settings of the runtime block that say how, and not what: a run may go on with others."""
+
+
 def fingerprint(plan: SpecPlan) -> dict[str, str]:
     """Every field of the plan by a name that a user can read: "stage `main`: optim.lr" -> "5e-05"."""
     found: dict[str, str] = {}
@@ -21,8 +25,19 @@ def fingerprint(plan: SpecPlan) -> dict[str, str]:
         found[f"stage {number + 1}"] = stage.name
         for name, value in _stage(stage).items():
             found[f"stage `{stage.name}`: {name}"] = value
-    found |= {f"runtime: {name}": _text(value) for name, value in plan.runtime}
-    return found | {"backend": plan.backend}
+    found |= {f"runtime: {name}": _text(value) for name, value in plan.runtime if _counts(name, value)}
+    return found | {"backend": "gemini" if plan.backend == "gemini" else "local"}
+
+
+def _counts(name: str, value: Any) -> bool:
+    """Whether a setting of the runtime block changes more than rounding, speed and memory.
+
+    Local and ddp are one: they make the same steps, and have the same checkpoints.
+    """
+    last = name.rpartition(".")[2]
+    if last == "placement":
+        return value == "cached"
+    return value == "auto" if last == "cache" else last not in _HOW
 
 
 def _stage(plan: StagePlan) -> dict[str, str]:

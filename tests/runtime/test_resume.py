@@ -229,3 +229,42 @@ def test_a_changed_loss_and_precision_are_named_too(tmp_path):
     second = stage_plan(("hard", "soft"), name="main", order=1)
     with pytest.raises(RunError, match=r"the checkpoint main-1 is of another spec: stage `main`"):
         run(replace(plan, stages=(plan.stages[0], second)), RunFolder.open(folder.path), resume=True)
+
+
+def test_a_run_goes_on_with_another_runtime_block(tmp_path):
+    """Where memory ran out, what is advised must not cost the steps that were made."""
+    plan = two_stages()
+    whole = run(plan, RunFolder.create("whole", root=tmp_path))
+    for number, runtime in enumerate(
+        [
+            (("checkpoint", True),),
+            (("backend", "ddp"), ("device", "cpu")),
+            (("t.placement", "offload"), ("t.cache", "off"), ("fuse_logits", "off")),
+        ]
+    ):
+        folder = RunFolder.create(f"part{number}", root=tmp_path)
+        with pytest.raises(Stopped):
+            run(plan, folder, [At(8, lambda: os.kill(os.getpid(), signal.SIGINT))])
+        backend = dict(runtime).get("backend", "local")
+        again = run(replace(plan, backend=backend, runtime=runtime), RunFolder.open(folder.path), resume=True)
+        for name, value in whole.models["s"].state_dict().items():
+            torch.testing.assert_close(again.models["s"].state_dict()[name], value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("runtime", "named"),
+    [
+        ((("t.placement", "cached"), ("t.cache", "x")), "runtime: t.placement is absent there and 'cached' here"),
+        ((("t.cache", "auto"),), "runtime: t.cache is absent there and 'auto' here"),
+        ((("t.tail", "bucket"),), "runtime: t.tail is absent there and 'bucket' here"),
+    ],
+)
+def test_what_changes_a_teachers_outputs_is_compared(runtime, named):
+    from gkd_dsl.runtime.checkpoint import differences
+    from gkd_dsl.runtime.fingerprint import fingerprint
+
+    plan = two_stages()
+    found = list(differences(fingerprint(plan), fingerprint(replace(plan, runtime=runtime))))
+    name, there, here = found[0]
+    assert len(found) == 1
+    assert f"{name} is {there or 'absent'} there and {here} here" == named
