@@ -50,8 +50,9 @@ class FusedLosses:
     def there(self, head: HeadPlan) -> bool:
         """Whether the head is a plain linear map in memory: no adapter, no quantised weight, no hook of others."""
         module = self._heads(head.model, head.module)
-        plain = type(module) is nn.Linear and not hasattr(module.weight, "__tensor_flatten__")
-        return plain and not module._forward_hooks and not module._forward_pre_hooks
+        if type(module) is not nn.Linear or hasattr(module.weight, "__tensor_flatten__"):
+            return False
+        return not module._forward_hooks and not module._forward_pre_hooks
 
     def plan(self, plan: StagePlan) -> StagePlan:
         """The plan as it is run: with what can be fused.

@@ -75,8 +75,9 @@ def _chunks(
         )  # fmt: skip
     elif len(written) == 2:
         shard, offload = (setting.value for setting in written)
-        numbers = isinstance(shard, ast.Number) and isinstance(offload, ast.Number)
-        if numbers and shard.value < 1 and offload.value > 0:
+        if not isinstance(shard, ast.Number) or not isinstance(offload, ast.Number):
+            return
+        if shard.value < 1 and offload.value > 0:
             ctx.error(
                 scope, "E0421", "Gemini offloads parameters only where all of them are shared out", written[1].span,
                 f"`shard_param_frac` is {shard.value:g}", fix=replace(offload.span, "0.0"),

@@ -108,7 +108,7 @@ def _in_words(info: ModelInfo, how: Quantised) -> Iterator[None]:
 
 
 def _config(info: ModelInfo, how: Quantised) -> Any:
-    args = {name: list(value) if isinstance(value, tuple) else value for name, value in how.args}
+    args: dict[str, Any] = {name: list(value) if isinstance(value, tuple) else value for name, value in how.args}
     if _HEADS[how.library] not in args and info.task != "encoder" and info.family is not None:
         args[_HEADS[how.library]] = list(part_modules(info, "head"))
     if how.library == "bitsandbytes":
@@ -120,7 +120,7 @@ def _config(info: ModelInfo, how: Quantised) -> Any:
     given: dict[str, Any] = {"set_inductor_config": False}
     for name, value in args.items():
         if name == "granularity":
-            given[name] = {"per_row": ao.PerRow, "per_tensor": ao.PerTensor}[value]()
+            given[name] = ao.PerRow() if value == "per_row" else ao.PerTensor()
         elif name == "group_size" and how.bits == 8:
             given["granularity"] = ao.PerGroup(value)
         else:
