@@ -27,6 +27,7 @@ from gkd_dsl.graph.nodes import BatchNode, LossNode, ModelNode, OpNode, ProjectN
 from gkd_dsl.graph.passes import compile_plan, liveness, run_passes
 from gkd_dsl.graph.passes.fuse import fuse, fusions, logit_groups
 from gkd_dsl.graph.passes.share import share
+from gkd_dsl.graph.placed import as_placed
 from gkd_dsl.graph.plan import Counted, ForwardPlan, StagePlan
 from gkd_dsl.models import resolve
 from gkd_dsl.models.errors import ModelError, TapError
@@ -208,7 +209,7 @@ def explain(
     optimised = run_passes(graph)
     merged = _merged(graph)
     stages = tuple(
-        _stage(graph, optimised, merged, stage, total_steps=total_steps, batch=batch, length=length)
+        _stage(graph, optimised, merged, stage, runtime, total_steps=total_steps, batch=batch, length=length)
         for stage in plan.stages
     )
     return Explanation(_models(graph, plan.stages), stages)
@@ -226,6 +227,7 @@ def _stage(
     optimised: nx.MultiDiGraph,
     merged: dict[str, int],
     plan: StagePlan,
+    runtime: tuple,
     *,
     total_steps: int,
     batch: int | None,
@@ -240,7 +242,8 @@ def _stage(
     assert isinstance(original, StageNode)
     points = tuple(sorted({0, min(1, steps - 1), *(min(steps - 1, round(steps * p)) for p in _POINTS)}))
     losses = tuple(_losses(graph, original, plan, optimised))
-    run = fuse(plan)
+    placed, there = as_placed(plan, runtime)
+    run = fuse(placed, there)
     clocks = tuple(_clock(stage, step, steps, texts * tokens * stage.accumulate) for step in points)
     return StageExplanation(
         name=stage.name,
@@ -271,7 +274,7 @@ def _stage(
                 tuple(dict.fromkeys(name for term in group.terms for name in _losses_of(plan, term.key))),
                 tuple(dict.fromkeys(head.model for head in (group.student, *group.teachers))),
             )
-            for group in fusions(plan)
+            for group in fusions(placed, there)
         ),
         policies=tuple(_policies(graph, plan)),
         counters=tuple(CounterRow(c.name, c.start, c.stop, condition_words(c.when), c.losses) for c in plan.counters),

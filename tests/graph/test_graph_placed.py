@@ -1,0 +1,50 @@
+"""What `explain` says of fused losses is what the runtime block leaves of them."""
+
+import json
+
+import pytest
+
+from gkd_dsl.graph.explain import explain
+from gkd_dsl.meaning.check import check_text
+
+SPEC = """gkd 1
+teacher t = hf("t")
+student s = hf("s")
+data d = csv("rows.csv", text = "text")
+loss soft = kl(s.logits <- t.logits)
+loss next = cross_entropy(s.logits, batch.labels)
+stage main for 10 steps {
+  minimize soft + next
+}
+runtime {
+  RUNTIME
+}
+"""
+KEPT = 'teacher t {\n placement = cached\n cache = "kept"\n top_k = %d\n}'
+
+
+@pytest.mark.parametrize(
+    ("runtime", "heads"),
+    [
+        ("precision = fp32", [("s", "t")]),
+        ("fuse_logits = off", []),
+        ("teacher t { placement = offload }", [("s", "t")]),
+        ("teacher t { placement = disk }", [("s", "t")]),
+        ("backend = gemini\n teacher t { placement = gemini }", [("s",)]),
+        (KEPT % 0, [("s",)]),
+        (KEPT % 5, []),
+    ],
+)
+def test_heads_that_run_with_the_losses(runtime, heads, tmp_path):
+    for name, layers in (("t", 3), ("s", 2)):
+        (tmp_path / name).mkdir()
+        config = {
+            "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 50, "hidden_size": 16,
+            "num_hidden_layers": layers, "num_attention_heads": 2, "intermediate_size": 32,
+        }  # fmt: skip
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    (tmp_path / "rows.csv").write_text("text\n" + "some words\n" * 9)
+    checked = check_text(SPEC.replace("RUNTIME", runtime), "placed.gkd", root=tmp_path)
+    assert [d.message for d in checked.diagnostics.errors] == []
+    (stage,) = explain(checked.graph, runtime=checked.runtime).stages
+    assert [row.models for row in stage.fused] == heads
