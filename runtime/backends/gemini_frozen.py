@@ -11,6 +11,7 @@ from colossalai.accelerator import get_accelerator
 from colossalai.tensor.colo_parameter import ColoParameter
 from colossalai.tensor.param_op_hook import ColoParamOpHook
 from colossalai.zero import GeminiDDP
+from colossalai.zero.gemini.chunk import Chunk
 from colossalai.zero.gemini.gemini_mgr import GeminiManager
 from torch import Tensor, nn
 
@@ -39,10 +40,10 @@ class FrozenInChunks(GeminiDDP):
         super().__init__(
             module,
             placement_policy="static",
-            shard_param_frac=shard,
-            # Without an optimiser this means nothing; the offload of parameters is read where it is 1.
+            # All in host memory at first; `_arrange` takes out what is to stay on the device.
+            shard_param_frac=1.0,
             offload_optim_frac=1.0,
-            offload_param_frac=offload,
+            offload_param_frac=1.0,
             mixed_precision=dtype,
             master_weights=False,
             enable_async_reduce=False,
@@ -58,6 +59,7 @@ class FrozenInChunks(GeminiDDP):
             # Tables of positions lose too much in half precision.
             buffer.data = value.to(device)
         let_go(self.gemini_manager)
+        self._arrange(shard, offload)
         self._find = _nothing
 
     def _preprocess_param(self, p: nn.Parameter) -> None:
@@ -66,6 +68,37 @@ class FrozenInChunks(GeminiDDP):
         if value is not None:
             p.data = value
         super()._preprocess_param(p)
+
+    def _arrange(self, shard: float, offload: float) -> None:
+        """Keep some chunks whole in every process, and the parts of some on the device. Between forwards all others go.
+
+        Gemini's own policy lets all chunks go at the end of a forward, whatever these settings are.
+        """
+        manager, device = self.chunk_manager, get_accelerator().get_current_device()
+        chunks = list(manager.get_chunks(self.fp16_params))
+        total = sum(chunk.chunk_mem for chunk in chunks)
+        whole = there = 0
+        for chunk in chunks:
+            if whole + chunk.chunk_mem <= total * (1 - shard):
+                whole += chunk.chunk_mem
+                manager.access_chunk(chunk)
+                chunk.keep_gathered = True
+                manager.fake_release_chunk(chunk)
+            elif whole + there + chunk.chunk_mem <= total * (1 - offload):
+                there += chunk.chunk_mem
+                manager.move_chunk(chunk, device)
+            else:
+                continue
+            chunk.pin_memory, chunk.cpu_shard = False, None
+            self.grads_device |= dict.fromkeys(chunk.get_tensors(), device)
+        self.gemini_manager.placement_policy.evict_tensors = self._evict
+
+    def _evict(self, can_evict_chunks: list[Chunk], **_: Any) -> tuple[int, float]:
+        """Let go of the chunks that no operation has now, each to where it lives."""
+        for chunk in can_evict_chunks:
+            self.chunk_manager.release_chunk(chunk)
+            self.chunk_manager.move_chunk(chunk, self.grads_device[next(iter(chunk.tensors_info))])
+        return 0, 0.0
 
     def held(self) -> int:
         """The bytes of parameters that this process has now, in chunks or out of them."""

@@ -60,12 +60,15 @@ def main(out, folder):
         name = max((n for n, p in half.named_parameters() if ".1." in n and p.ndim == 2), key=len)
         paths = {**asked, "weight": TapPath("weight", name=name)}
         live, exact = LiveTeachers([node], {"t": half}), LiveTeachers([node], {"t": load(info)})
-        for way, whole in (("files", None), ("whole", lambda info=info: load(info))):
+        for way, whole, shard, offload in (
+            ("files", None, 1.0, 1.0), ("half", None, 0.5, 0.0), ("device", None, 1.0, 0.5),
+            ("whole", lambda info=info: load(info), 1.0, 1.0),
+        ):  # fmt: skip
             if whole is not None:
                 # What cannot be read weight by weight is read whole.
                 node = ModelNode(node.key, "t", "teacher", made_elsewhere(info))
             settings = {"min_chunk_size_m": 0.004, "search_range_m": 0}
-            source = GeminiTeachers(node, whole, chunks=settings)
+            source = GeminiTeachers(node, whole, shard=shard, offload=offload, chunks=settings)
             held = [source.held()]
             for block in source._tapper.blocks(range(3)):
                 block.register_forward_hook(lambda *_, h=held, s=source: h.append(s.held()))
@@ -76,6 +79,7 @@ def main(out, folder):
                 full = exact.taps(forward(*paths.values()), inputs, {}, {})
             held.append(source.held())
             chunks = source._wrapped.chunk_manager
+            all_chunks = chunks.get_chunks(source._wrapped.fp16_params)
             assert all(type(value) is torch.Tensor and not value.requires_grad for value in taps.values())
             found[f"{family}/{way}"] = {
                 "same": {kind: torch.equal(taps[p.key], wanted[p.key]) for kind, p in paths.items()},
@@ -83,9 +87,12 @@ def main(out, folder):
                 "off": {kind: off(taps[p.key], full[p.key]) for kind, p in paths.items()},
                 "whole": sum(2 * p.numel() for p in half.parameters()),
                 "held": held,
-                "chunks": len(chunks.get_chunks(source._wrapped.fp16_params)),
+                "chunks": len(all_chunks),
+                "gathered": sum(chunk.is_gathered for chunk in all_chunks),
+                "on the device": sum(chunk.cpu_shard is None for chunk in all_chunks),
                 "buffers": sorted({str(b.dtype) for b in source.model.buffers() if b.is_floating_point()}),
             }
+            del all_chunks
             gone = weakref.ref(chunks)
             del chunks, source, block
             gc.collect()

@@ -54,7 +54,7 @@ def found(tmp_path_factory):
     return seen
 
 
-@pytest.mark.parametrize("way", ["files", "whole"])
+@pytest.mark.parametrize("way", ["files", "whole", "half", "device"])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("count", COUNTS)
 def test_taps_are_those_of_the_model_in_bf16(found, count, family, way):
@@ -79,9 +79,34 @@ def test_a_process_holds_its_part(found, family, way):
             one = seen[f"{family}/{way}"]
             first, *between, last = one["held"]
             assert first == last
+            assert one["gathered"] == one["on the device"] == 0
             # The last chunk is not full.
             assert one["whole"] / count <= first < one["whole"] / count * (1 + 2 / chunks)
             assert len(between) == 2 + 3
             assert max(between) < first + 0.6 * one["whole"]
             # A whole chunk takes more than the parts of it.
             assert (max(between) > first) == (count > 1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_share_is_whole_in_every_process(found, family):
+    """`shard_param_frac = 0.5`: half of the chunks, as far as there are whole ones; they stay between forwards."""
+    for count in COUNTS:
+        for seen in found[count]:
+            one = seen[f"{family}/half"]
+            chunks, chunk = one["chunks"], seen[f"{family}/files"]["held"][0] * count / one["chunks"]
+            assert one["gathered"] == chunks // 2
+            first, *_, last = one["held"]
+            assert first == last == chunk * (chunks // 2 + (chunks - chunks // 2) / count)
+            assert one["on the device"] == chunks
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_share_of_the_parts_stays_on_the_device(found, family):
+    """`offload_param_frac = 0.5`."""
+    for count in COUNTS:
+        for seen in found[count]:
+            one = seen[f"{family}/device"]
+            assert one["held"][0] == one["held"][-1] == seen[f"{family}/files"]["held"][0]
+            assert one["gathered"] == 0
+            assert one["on the device"] == one["chunks"] // 2
