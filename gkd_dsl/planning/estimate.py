@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 
-from gkd_dsl.graph.nodes import ModelNode, StageNode
+from gkd_dsl.graph.nodes import ModelNode
 from gkd_dsl.graph.passes.fuse import fuse
 from gkd_dsl.graph.passes.sparse import TopK, sparse
 from gkd_dsl.graph.plan import HeadPlan, SpecPlan, StagePlan
 from gkd_dsl.graph.stored import refusals, sparse_keys, student_task, temperatures
 from gkd_dsl.planning import parameters
 from gkd_dsl.planning.blocks import Shape
-from gkd_dsl.planning.layout import HALF, STREAMED, Placed, Setup, Trained, frozen, in_chunks, trained
+from gkd_dsl.planning.chunks import Chunks, chunks
+from gkd_dsl.planning.layout import HALF, STREAMED, Placed, Setup, Trained, frozen, in_chunks, trained, window
 from gkd_dsl.planning.ledger import Ledger
 from gkd_dsl.planning.machine import Machine
 from gkd_dsl.planning.simulate import Micro, Model, depth
@@ -116,7 +117,7 @@ def estimate_stage(
         shape.length,
         tuple(ledger.parts().items()),
         ledger.moment,
-        tuple(_host(models, setup, _moments(stage), stage.stage).items()),
+        tuple(_host(models, setup, _moments(stage), stage).items()),
         work(stage, models, setup, shape, machine),
     )
 
@@ -187,12 +188,12 @@ def _model(stage: StagePlan, node: ModelNode, setup: Setup, machine: Machine) ->
     count = found.count
     if setup.backend != "gemini":
         return Model(node, what, Placed(node.name, "resident", count, what.count, 4 * count, exact=found.exact))
-    shard, away, _ = setup.shares(stage.stage, what.count)
-    least = min(what.count, setup.chunk)
-    inside = in_chunks(what.count, setup.ranks(machine), shard, away)
+    packed, ranks = chunks(found, setup.chunk, setup.reach), setup.ranks(machine)
+    whole, away, _ = setup.shares(stage.stage, packed)
+    inside = in_chunks(packed.total * what.count / count, ranks, whole, away)
     # What is frozen of it stays whole on each device.
     inside["device"] += HALF * (count - what.count)
-    work = HALF * (max(what.largest, least) + least) if shard else 0
+    work = window(packed, ranks) if whole < 1 else 0
     return Model(node, what, Placed(node.name, "gemini", count, what.count, work=work, exact=found.exact, **inside))
 
 
@@ -239,6 +240,13 @@ def _device(
     return ledger
 
 
+def _packed(stage: StagePlan, setup: Setup) -> Chunks:
+    """The chunks of the largest model that a stage trains."""
+    infos = [node.info for node in stage.models if trained(stage, node).count]
+    found = max((parameters.parameters(info) for info in infos), key=lambda one: one.count, default=None)
+    return chunks(found, setup.chunk, setup.reach) if found is not None else Chunks(0, 0, 1.0)
+
+
 def _moments(stage: StagePlan) -> int:
     optim = stage.stage.optim
     return 2 if optim.name == "adamw" else 1 if optim.momentum else 0
@@ -248,7 +256,7 @@ def _state(stage: StagePlan, setup: Setup, machine: Machine, optimised: int) -> 
     """Bytes of the optimiser on a device: its moments, and in Gemini the fp32 weights, its share of them."""
     if setup.backend != "gemini":
         return 4 * _moments(stage) * optimised
-    *_, away = setup.shares(stage.stage, optimised)
+    *_, away = setup.shares(stage.stage, _packed(stage, setup))
     own = optimised if setup.small(stage.stage, optimised) else optimised / setup.ranks(machine)
     return round(4 * (1 + _moments(stage)) * own * (1 - away))
 
@@ -310,14 +318,14 @@ def _optimize(
     ledger.mark("the optimizer", optimizer=4 * (2 * largest if shape.cpu else optimised))
 
 
-def _host(models: Mapping[str, Model], setup: Setup, moments: int, stage: StageNode) -> dict[str, int]:
+def _host(models: Mapping[str, Model], setup: Setup, moments: int, stage: StagePlan) -> dict[str, int]:
     found: dict[str, int] = {}
     for model in models.values():
         if model.placed.host:
             found[f"{model.placed.name} weights"] = model.placed.host
     if setup.backend == "gemini":
         count = sum(model.trained.count for model in models.values())
-        *_, away = setup.shares(stage, count)
+        *_, away = setup.shares(stage.stage, _packed(stage, setup))
         found |= {"optimizer": round(4 * (1 + moments) * count * away)} if away else {}
     return found
 

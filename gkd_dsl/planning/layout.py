@@ -9,6 +9,7 @@ from typing import Any
 from gkd_dsl.graph.nodes import ModelNode, StageNode
 from gkd_dsl.graph.plan import SpecPlan, StagePlan
 from gkd_dsl.planning import parameters
+from gkd_dsl.planning.chunks import Chunks, chunks
 from gkd_dsl.planning.machine import Machine
 from gkd_dsl.planning.quantised import weight_bytes
 
@@ -19,7 +20,7 @@ FULL, HALF = 4, 2
 """Bytes of a weight in fp32, and of one in half precision."""
 
 CHUNK = 32 * 2**20
-"""Gemini's least chunk, in numbers; what is smaller in all stays whole in every process."""
+"""Gemini's least chunk, in numbers, and how many more it tries; what is smaller in all stays whole in every process."""
 
 ALL = (1.0, 1.0)
 """Of a model in Gemini's chunks: all of it sharded, and all of that in host memory."""
@@ -35,7 +36,7 @@ class Setup:
     split, merge  divides each micro-batch further; takes several as one
     top_k      how many logits of a row a cached model has, where that is said
     chunks     of models in Gemini's chunks the shares that are sharded, and offloaded, where they are not all
-    chunk      Gemini's least chunk, in numbers
+    chunk      Gemini's least chunk, in numbers, and `reach`: how many more are tried
     halved     the models that take two bytes a number in half precision; None for all that are loaded
     """
 
@@ -53,6 +54,7 @@ class Setup:
     chunks: tuple[tuple[str, float, float], ...] = ()
     precision: str = field(default="bf16", compare=False)
     chunk: int = field(default=CHUNK, compare=False)
+    reach: int = field(default=CHUNK, compare=False)
     halved: tuple[str, ...] | None = field(default=None, compare=False)
 
     @classmethod
@@ -77,6 +79,7 @@ class Setup:
             chunks=tuple(sorted(_chunks(given, [name for name, place in placed.items() if place == "gemini"]))),
             precision=precision if precision != "fp32" else "bf16",
             chunk=round(float(given.get("min_chunk_size_m", CHUNK / 2**20)) * 2**20),
+            reach=round(float(given.get("search_range_m", CHUNK / 2**20)) * 2**20),
             halved=halved_models(plan),
         )
 
@@ -98,14 +101,18 @@ class Setup:
         found |= dict.fromkeys(models, (1.0, share))
         return replace(self, chunks=tuple(sorted((k, *v) for k, v in found.items() if v != ALL)))
 
-    def shares(self, stage: StageNode, count: int) -> tuple[float, float, float]:
-        """Of what a stage trains under Gemini, so many numbers: the shares of the parameters that are sharded and
-        offloaded, and that of the optimiser's state that is offloaded. Parameters are so only with all of the state.
+    def shares(self, stage: StageNode, packed: Chunks) -> tuple[float, float, float]:
+        """Of what a stage trains under Gemini: the shares of the parameters that are whole on every device and that
+        are offloaded, and that of the optimiser's state that is offloaded. Parameters are only with all of the state.
         """
-        if self.small(stage, count):
-            return 0.0, 0.0, 0.0
-        away = self.offload_param_frac if self.shard_param_frac == self.offload_optim_frac == 1.0 else 0.0
-        return self.shard_param_frac, away, self.offload_optim_frac
+        if self.small(stage, packed.total):
+            return 1.0, 0.0, 0.0
+        both = self.shard_param_frac == self.offload_optim_frac == 1.0
+        return (
+            packed.gathered(self.shard_param_frac),
+            packed.away(self.offload_param_frac) if both else 0.0,
+            packed.state_away(self.offload_optim_frac),
+        )
 
     def small(self, stage: StageNode, count: int) -> bool:
         """Whether so many trained numbers are less than a chunk of Gemini: they stay whole on every device."""
@@ -236,24 +243,29 @@ def frozen(node: ModelNode, setup: Setup, machine: Machine, share: float = 1.0) 
         return _streamed(node, where, ranks, half, layers if found.exact else 1, block, share)
     if where == "gemini":
         shard, offload = setup.fractions(node.name)
-        least = min(count, setup.chunk)
-        largest = max(found.largest, least) if found.exact else max(least, count // max(1, layers))
-        return Placed(
-            node.name, where, count, exact=found.exact, work=HALF * (largest + least),
-            **in_chunks(count, ranks, shard, offload, share),
-        )  # fmt: skip
+        packed = chunks(found, min(count, setup.chunk), setup.reach)
+        inside = in_chunks(packed.total, ranks, packed.gathered(shard), packed.away(offload) * (shard == 1.0), share)
+        return Placed(node.name, where, count, exact=found.exact, work=window(packed, ranks), **inside)
     return Placed(node.name, where, count, device=weights(found, half), exact=found.exact)
 
 
-def in_chunks(count: int, ranks: int, shard: float, offload: float, share: float = 1.0) -> dict[str, int]:
-    """Bytes of so many numbers in Gemini's chunks: on a device, in the host, moved, gathered."""
-    own = HALF * count * (1 - shard + shard / ranks)
+def in_chunks(count: float, ranks: int, whole: float, away: float, share: float = 1.0) -> dict[str, int]:
+    """Bytes of so many numbers in Gemini's chunks: on a device, in the host, moved, gathered.
+
+    `whole` of them are on every device, the others are shared out; `away` of them are in host memory.
+    """
+    own = HALF * count * (whole + (1 - whole) / ranks)
     return {
-        "device": round(own * (1 - offload)),
-        "host": round(own * offload * ranks),
-        "moved": round(own * offload * share),
-        "gathered": round(HALF * count * shard * share * (ranks - 1) / ranks),
+        "device": round(own * (1 - away)),
+        "host": round(own * away * ranks),
+        "moved": round(own * away * share),
+        "gathered": round(HALF * count * (1 - whole) * share * (ranks - 1) / ranks),
     }
+
+
+def window(packed: Chunks, ranks: int) -> int:
+    """Bytes of the chunk that is gathered while it is used, and of the part of it that it is gathered from."""
+    return round(HALF * packed.largest * (1 + 1 / ranks))
 
 
 def weights(found: parameters.Parameters, half: bool) -> int:

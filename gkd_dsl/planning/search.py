@@ -204,7 +204,8 @@ def _places(plan: SpecPlan, machine: Machine, current: Setup) -> Iterator[Setup]
                 yield setup.placing(names[:count], place)
         if setup.backend == "gemini" and "gemini" not in PLACEMENT["placement"].later:
             names = _movable(plan, current, "gemini")
-            for count, share in product(range(1, len(names) + 1), _FRACTIONS):
+            # Between all and nothing Gemini offloads nothing.
+            for count, share in product(range(1, len(names) + 1), (0.0, 1.0)):
                 yield setup.placing(names[:count], "gemini").offloading(names[:count], share)
 
 
@@ -218,7 +219,7 @@ def _backends(plan: SpecPlan, machine: Machine, current: Setup) -> Iterator[Setu
     if not _gemini(plan, current):
         return
     # Gemini offloads parameters only with all of the optimiser's state.
-    for optim, parameter in (*((optim, 0.0) for optim in _FRACTIONS), (1.0, 0.5), (1.0, 1.0)):
+    for optim, parameter in (*((optim, 0.0) for optim in _FRACTIONS), (1.0, 1.0)):
         yield replace(
             current, backend="gemini", half=True, shard_param_frac=1.0, offload_optim_frac=optim,
             offload_param_frac=parameter,

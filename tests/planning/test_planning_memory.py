@@ -24,5 +24,5 @@ def accuracy():
 )
 def test_within_a_tenth(name, accuracy, tmp_path):
     case = next(case for case in accuracy.CASES if case.name == name)
-    found = accuracy.measure(case, tmp_path, "cpu", quick=False)
+    found = accuracy.measure(case, tmp_path, "cpu", accuracy.USUAL)
     assert found["ratio"] == pytest.approx(1, abs=accuracy.GOAL), found
