@@ -48,6 +48,14 @@ def check(ctx: Context, scope: Scope, block: ast.Runtime) -> None:
                 scope, _CODE, f"`{name}` is read with `placement_policy = {other}` alone", written[name].span,
                 f"this is {policy}",
             )  # fmt: skip
+    if policy == "static" and _number(written, "offload_param_frac", 0.0) > 0:
+        whole = [("shard_param_frac", 1.0), ("offload_optim_frac", 0.0)]
+        missing = [f"`{name} = 1.0`" for name, default in whole if _number(written, name, default) < 1]
+        if missing:
+            ctx.error(
+                scope, _CODE, "Gemini offloads parameters only where all are shared out and the optimiser is offloaded",
+                written["offload_param_frac"].span, "nothing reads it", notes=[f"write {' and '.join(missing)} too"],
+            )  # fmt: skip
     for name in _SCALE:
         if name in written and words.get("precision") != "fp16":
             ctx.error(
@@ -97,10 +105,7 @@ def check(ctx: Context, scope: Scope, block: ast.Runtime) -> None:
 
 def _scales(ctx: Context, scope: Scope, written: dict[str, ast.Setting]) -> None:
     """The least loss scale is at most the first, and the largest at least."""
-    first, least, most = (
-        stmt.value.value if stmt is not None and isinstance(stmt.value, ast.Number) else default
-        for stmt, default in ((written.get(name), value) for name, value in _SCALES.items())
-    )
+    first, least, most = (_number(written, name, default) for name, default in _SCALES.items())
     if least <= first <= most:
         return
     name = next(name for name in ("initial_scale", "min_scale", "max_scale") if name in written)
@@ -108,6 +113,12 @@ def _scales(ctx: Context, scope: Scope, written: dict[str, ast.Setting]) -> None
         scope, _CODE, f"the loss scale starts at {first:g}, and has to be between {least:g} and {most:g}",
         written[name].span, "set here",
     )  # fmt: skip
+
+
+def _number(written: dict[str, ast.Setting], name: str, default: float) -> float:
+    """A setting as it is written; its default where it is not, or is no number."""
+    value = written[name].value if name in written else None
+    return value.value if isinstance(value, ast.Number) else default
 
 
 def _word(value: ast.Expr) -> str:

@@ -18,7 +18,10 @@ from gkd_dsl.runtime.checkpoint import read
 
 pytestmark = pytest.mark.gemini
 BF16 = (("precision", "bf16"),)
-IN_TWO = ("kd", "minilm", "mgskd", "rl_kd", "tinybert", "dgkd", "diito", "pd_pretrain")
+IN_TWO = (
+    "kd", "minilm", "mgskd", "rl_kd", "tinybert", "dgkd", "diito", "pd_pretrain", "alp_kd_buckets", "annealing_kd", "ckd",
+    "distilbert", "mobilebert", "rail_kd", "sid", "takd", "theseus", "universal_kd",
+)  # fmt: skip
 STEPS = 6
 SPEC = f"""gkd 1
 teacher t = hf("./t", num_labels = 3)
