@@ -192,9 +192,11 @@ def _model(stage: StagePlan, node: ModelNode, setup: Setup, machine: Machine) ->
     whole, away, _ = setup.shares(stage.stage, packed)
     inside = in_chunks(packed.total * what.count / count, ranks, whole, away)
     # What is frozen of it stays whole on each device.
-    inside["device"] += HALF * (count - what.count)
-    work = window(packed, ranks) if whole < 1 else 0
-    return Model(node, what, Placed(node.name, "gemini", count, what.count, work=work, exact=found.exact, **inside))
+    placed = replace(
+        inside, name=node.name, count=count, trains=what.count, device=inside.device + HALF * (count - what.count),
+        work=window(packed, ranks) if whole < 1 else 0, exact=found.exact,
+    )  # fmt: skip
+    return Model(node, what, placed)
 
 
 def _share(stage: StagePlan, node: ModelNode) -> float:

@@ -245,22 +245,20 @@ def frozen(node: ModelNode, setup: Setup, machine: Machine, share: float = 1.0) 
         shard, offload = setup.fractions(node.name)
         packed = chunks(found, min(count, setup.chunk), setup.reach)
         inside = in_chunks(packed.total, ranks, packed.gathered(shard), packed.away(offload) * (shard == 1.0), share)
-        return Placed(node.name, where, count, exact=found.exact, work=window(packed, ranks), **inside)
+        return replace(inside, name=node.name, count=count, exact=found.exact, work=window(packed, ranks))
     return Placed(node.name, where, count, device=weights(found, half), exact=found.exact)
 
 
-def in_chunks(count: float, ranks: int, whole: float, away: float, share: float = 1.0) -> dict[str, int]:
-    """Bytes of so many numbers in Gemini's chunks: on a device, in the host, moved, gathered.
+def in_chunks(count: float, ranks: int, whole: float, away: float, share: float = 1.0) -> Placed:
+    """So many numbers in Gemini's chunks, without a name: their bytes on a device, in the host, moved, gathered.
 
     `whole` of them are on every device, the others are shared out; `away` of them are in host memory.
     """
     own = HALF * count * (whole + (1 - whole) / ranks)
-    return {
-        "device": round(own * (1 - away)),
-        "host": round(own * away * ranks),
-        "moved": round(own * away * share),
-        "gathered": round(HALF * count * (1 - whole) * share * (ranks - 1) / ranks),
-    }
+    return Placed(
+        "", "gemini", round(count), device=round(own * (1 - away)), host=round(own * away * ranks),
+        moved=round(own * away * share), gathered=round(HALF * count * (1 - whole) * share * (ranks - 1) / ranks),
+    )  # fmt: skip
 
 
 def window(packed: Chunks, ranks: int) -> int:
