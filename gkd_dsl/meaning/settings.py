@@ -155,6 +155,8 @@ def _value(ctx: Context, scope: Scope, rule: SettingRule, name: str, expr: ast.E
             fix = replace(expr.span, f"{value.value:g} steps")
         elif isinstance(value, Length) and rule.kind == "int":
             fix = replace(expr.span, f"{value.span.amount:g}")
+        elif isinstance(value, Length) and rule.kind == "float" and value.span.unit == "percent":
+            fix = replace(expr.span, f"{value.span.amount / 100:g}")
         return ctx.error(
             scope, code, f"`{name}` is {_WANTS[rule.kind]}, and this is {kind(value)}", expr.span, rule.doc, fix=fix
         )
