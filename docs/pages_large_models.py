@@ -119,13 +119,19 @@ def fastest(teacher: str, machine: Machine, place: str) -> tuple[Setup, StageEst
         setup
         for backend in search._backends(plan, machine, current)
         if place != "gemini" or backend.backend == "gemini"
-        for setup in search._smaller(plan, machine, backend.placing(["t"], place))
+        for placed in _shares(backend.placing(["t"], place), place)
+        for setup in search._smaller(plan, machine, placed)
     ]
     for _, setup in search._ordered(plan, machine, current, options):
         (stage,) = estimate(plan, machine, setup)
         if stage.fits(machine):
             return setup, stage
     return None
+
+
+def _shares(setup: Setup, place: str) -> list[Setup]:
+    """A teacher in chunks is on the devices, or in host memory."""
+    return [setup.offloading(["t"], share) for share in (0.0, 1.0)] if place == "gemini" else [setup]
 
 
 def least(teacher: str, machine: Machine, place: str) -> StageEstimate:
