@@ -160,7 +160,7 @@ class GeminiBackend(DdpBackend):
 
     def alive(self) -> dict[str, int]:
         """Bytes of what this process holds of the stage: chunks, and what is not in any."""
-        if self._wrapped is None:
+        if self._wrapped is None or self._step is None:
             return super().alive()
         held = self._wrapped.chunk_manager.total_mem
         fixed = {p.data_ptr(): p.nbytes for model in _resident(self._step.teachers) for p in model.parameters()}
