@@ -192,7 +192,7 @@ class Run:
         def words(error: BaseException) -> tuple[str, str]:
             from gkd_dsl.runtime.memory import of_models, run_words
 
-            held = getattr(self.backend, "alive", dict)()
+            held: dict[str, int] = getattr(self.backend, "alive", dict)()
             live = {**of_models(self.models), **{part: count for part, count in held.items() if part != "weights"}}
             settings = getattr(self.backend, "settings", None) or Settings.of(self.plan.runtime)
             message, hint = run_words(
