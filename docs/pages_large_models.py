@@ -40,6 +40,7 @@ EIGHT = Machine(8, 40 * 2**30, 512 * 2**30, between=200e9)
 ONE = Machine(1, 80 * 2**30, 512 * 2**30)
 # What `gkd cache` keeps of logits over a large vocabulary where nothing else is said.
 _TOP_K = 64
+_DEVICES = {"cpu": "the CPU", "cuda": "a GPU"}
 
 _PLAN = re.compile(r"(<!-- plan of the block above: ([^\n]*?) -->\n```text\n).*?(^```$)", re.M | re.S)
 _OF_MODEL = r"(?:(?:teacher t|student s) = [^\n]*\{\n.*?^\}\n\n?)?"
@@ -260,14 +261,18 @@ def measured_cache() -> str:
 
 
 def measured_plans() -> str:
-    """How planned memory stands to measured memory."""
-    data = json.loads((RESULTS / "plan_accuracy.json").read_text(encoding="utf-8"))
-    ratios = [row["ratio"] for row in data["data"]]
-    return (
-        f"Over {len(ratios)} small specs on the {data['settings']['device'].upper()}, planned memory was "
-        f"{min(ratios):.2f} to {max(ratios):.2f} of what was counted "
-        "([the table](benchmarks.md#planned-memory-beside-measured-memory))."
-    )
+    """How planned memory stands to measured memory, in every result that there is."""
+    found = []
+    for path in sorted(RESULTS.glob("plan_accuracy*.json")):
+        if path.stem.endswith("-quick"):
+            continue
+        data = json.loads(path.read_text(encoding="utf-8"))
+        ratios = [row["ratio"] for row in data["data"]]
+        where = "under Gemini" if "gemini" in path.stem else f"on {_DEVICES[data['settings']['device']]}"
+        found.append(
+            f"over {len(ratios)} small specs {where} {min(ratios):.2f} to {max(ratios):.2f} of what was counted"
+        )
+    return f"Planned memory was {'; '.join(found)} ([the tables](benchmarks.md#planned-memory-beside-measured-memory))."
 
 
 def measured_fused() -> str:
