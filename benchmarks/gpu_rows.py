@@ -7,23 +7,31 @@ of time, the row keeps its error and a new process goes on with the next.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import importlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 PARTS: dict[int, str] = {1: "gpu_losses", 2: "gpu_memory", 3: "gpu_speed", 4: "gpu_large", 5: "gpu_heads"}
 """The module of each part: its `ROWS(options)`, and `table(found)` for the report."""
-TRACE = 12
-"""The last lines of a traceback that are kept."""
+TRACE = 30
+"""The last lines of a traceback, or of what a process was doing when its time was up, that are kept."""
+AT_ONCE = {2: 4}
+"""How many processes of a part run side by side on a GPU: where nothing is timed."""
+
+
+_NO_TIME = "not run: the part's time was up"
 
 
 @dataclass(frozen=True)
@@ -69,6 +77,7 @@ def groups(rows: Sequence[Row]) -> list[list[Row]]:
 
 def work(part: int, names: Sequence[str], options: Options, out: Path) -> None:
     """Run rows in this process; a line of JSON for each. Ends at the first that fails."""
+    faulthandler.register(signal.SIGUSR1)
     rows = {row.name: row for row in rows_of(part, options)}
     for name in names:
         began = time.perf_counter()
@@ -94,18 +103,24 @@ def run_part(
     """All rows of a part, before the time `until` (of time.monotonic); `done` is told of them after each process."""
     rows = rows_of(part, options)
     found: dict[str, dict[str, Any]] = {}
-    for number, group in enumerate(groups(rows)):
+    writing = threading.Lock()
+
+    def tell() -> None:
+        with writing:
+            done([found[row.name] for row in rows if row.name in found])
+
+    def run(number: int, group: list[Row]) -> None:
         waiting = list(group)
         while waiting:
             left = until - time.monotonic()
             if left < 5:
-                found |= {row.name: {"row": row.name, "error": "not run: the part's time was up"} for row in waiting}
+                found.update({row.name: {"row": row.name, "error": _NO_TIME} for row in waiting})
                 break
             line = folder / f"part{part}-{number}-{len(waiting)}.jsonl"
             log = line.with_suffix(".log")
             ended = _process(part, waiting, options, line, log, until)
             written = {entry["row"]: entry for entry in _lines(line)}
-            found |= written
+            found.update(written)
             waiting = [row for row in waiting if row.name not in written]
             if ended and waiting and not any("error" in entry for entry in written.values()):
                 error = f"{ended}; {_tail(log, 1)}"
@@ -113,10 +128,13 @@ def run_part(
                 del waiting[0]
             for name in written:
                 print(f"part {part}: {name}: {short(written[name])}", flush=True)
-            done([found[row.name] for row in rows if row.name in found])
-    everything = [found[row.name] for row in rows if row.name in found]
-    done(everything)
-    return everything
+            tell()
+
+    with ThreadPoolExecutor(AT_ONCE.get(part, 1) if options.cuda else 1) as pool:
+        for each in [pool.submit(run, number, group) for number, group in enumerate(groups(rows))]:
+            each.result()
+    tell()
+    return [found[row.name] for row in rows if row.name in found]
 
 
 def _process(part: int, rows: list[Row], options: Options, line: Path, log: Path, until: float) -> str:
@@ -145,7 +163,10 @@ def _process(part: int, rows: list[Row], options: Options, line: Path, log: Path
 
 
 def _kill(started: subprocess.Popen[bytes]) -> None:
+    """End a process, after it has written where it stands."""
     with contextlib.suppress(ProcessLookupError):
+        os.kill(started.pid, signal.SIGUSR1)
+        time.sleep(0.5)
         os.killpg(started.pid, signal.SIGKILL)
     started.wait()
 
