@@ -269,9 +269,7 @@ def measured_plans() -> str:
         data = json.loads(path.read_text(encoding="utf-8"))
         ratios = [row["ratio"] for row in data["data"]]
         where = "under Gemini" if "gemini" in path.stem else f"on {_DEVICES[data['settings']['device']]}"
-        found.append(
-            f"over {len(ratios)} small specs {where} {min(ratios):.2f} to {max(ratios):.2f} of what was counted"
-        )
+        found.append(f"{min(ratios):.2f} to {max(ratios):.2f} of what was counted over {len(ratios)} specs {where}")
     return f"Planned memory was {'; '.join(found)} ([the tables](benchmarks.md#planned-memory-beside-measured-memory))."
 
 
