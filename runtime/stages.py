@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -83,6 +83,10 @@ class Run:
         self._given, self._listeners = loaders, tuple(listeners)
         self._infos, self._seeds = _models(plan)
         self._placements = placements(plan.runtime)
+        if getattr(self.backend, "kind", "local") != "gemini":
+            # One process reads a run back; what was in chunks then comes from host memory.
+            in_host = {n: replace(how, place="offload") for n, how in self._placements.items() if how.place == "gemini"}
+            self._placements |= in_host
         settings = getattr(self.backend, "settings", None)
         half = untrained(plan, settings.precision) if settings is not None else {}
         # What goes into Gemini's chunks is cast by them.

@@ -6,7 +6,7 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -171,10 +171,6 @@ class GeminiBackend(DdpBackend):
 
     def _own_device(self, step: StepModule) -> None:
         """Gemini moves what it needs."""
-
-    def taps_context(self) -> AbstractContextManager[object]:
-        """Autocast to the dtype of the chunks."""
-        return torch.autocast(self.device.type, dtype=HALF[self.settings.precision])
 
     def infer(self, function: Callable[[], None]) -> None:
         """Run a function that reads parameters, without gradient."""

@@ -17,6 +17,7 @@ from gkd_dsl.runtime.backends.base import Settings, StepResult
 from gkd_dsl.runtime.checkpoint import load_module, module_tensors
 from gkd_dsl.runtime.errors import CANNOT_RUN, NOT_FINITE, RunError, in_memory
 from gkd_dsl.runtime.models.checkpointing import set_checkpointing
+from gkd_dsl.runtime.models.halved import HALF
 from gkd_dsl.runtime.optim import make_optimizer
 from gkd_dsl.runtime.processes import Processes
 from gkd_dsl.runtime.rows import Share
@@ -94,10 +95,9 @@ class LocalBackend:
         )  # fmt: skip
 
     def taps_context(self) -> AbstractContextManager[object]:
-        """Autocast to bf16 where the precision says so."""
-        if self.settings.precision == "bf16":
-            return torch.autocast(self.device.type, dtype=torch.bfloat16)
-        return nullcontext()
+        """Autocast to half precision where the settings say so."""
+        dtype = HALF.get(self.settings.precision)
+        return torch.autocast(self.device.type, dtype=dtype) if dtype is not None else nullcontext()
 
     def move(self, batch: Batch) -> dict[str, Tensor]:
         """A batch on the device."""

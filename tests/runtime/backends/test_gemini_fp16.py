@@ -10,6 +10,8 @@ from ranks import HERE, started
 from safetensors.torch import load_file
 from small_folders import write
 
+from gkd_dsl.runtime.backends.base import Settings
+from gkd_dsl.runtime.backends.local import LocalBackend
 from gkd_dsl.runtime.checkpoint import read
 
 pytestmark = pytest.mark.gemini
@@ -121,6 +123,11 @@ def test_at_the_least_scale_the_run_ends(place):
     assert "E0802" in said
     assert "beyond fp16 at the least loss scale" in said
     assert "precision = bf16" in said
+
+
+def test_one_process_reads_such_a_run_back_in_fp16():
+    with LocalBackend(Settings(precision="fp16", device="cpu")).taps_context():
+        assert torch.nn.functional.linear(torch.ones(2, 2), torch.ones(2, 2)).dtype == torch.float16
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
