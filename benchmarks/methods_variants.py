@@ -66,7 +66,6 @@ VARIANTS = (
     Variant("rl_kd", "T = 1.0"),
     Variant("rl_kd", times=3),
     Variant("mt_bert", "hidden_weight = 0.0"),
-    Variant("mt_bert", times=3),
     Variant("sid", times=3),
 )
 
