@@ -14,6 +14,8 @@ import os
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -85,6 +87,8 @@ def watched() -> None:
     from colossalai.zero.gemini.chunk.chunk import Chunk
     from colossalai.zero.gemini.placement_policy import StaticPlacementPolicy, get_accelerator
 
+    from gkd_dsl.runtime.backends.gemini_frozen import FrozenInChunks
+
     close, access, move = Chunk.close_chunk, Chunk.access_chunk, Chunk.shard_move
     set_up, evict = StaticPlacementPolicy.setup_grads_device, StaticPlacementPolicy.evict_tensors
     evicting: list[bool] = []
@@ -124,6 +128,19 @@ def watched() -> None:
             chunk.master_home = "host" if device.type == "cpu" else "device"
             devices[parameter] = torch.device("cpu")
 
+    def arranged(self: Any, shard: float, offload: float) -> None:
+        manager, stay = self.chunk_manager, []
+        move_, access_ = manager.move_chunk, manager.access_chunk
+        manager.move_chunk = lambda chunk, *args: stay.append(chunk) or move_(chunk, *args)
+        manager.access_chunk = lambda chunk: stay.append(chunk) or access_(chunk)
+        try:
+            arrange(self, shard, offload)
+        finally:
+            del manager.move_chunk, manager.access_chunk
+        for chunk in manager.get_chunks(self.fp16_params):
+            chunk.stays = chunk in stay
+
+    arrange, FrozenInChunks._arrange = FrozenInChunks._arrange, arranged
     Chunk.close_chunk, Chunk.access_chunk, Chunk.shard_move = closed, accessed, moved
     StaticPlacementPolicy.setup_grads_device, StaticPlacementPolicy.evict_tensors = decided, evicted
 
@@ -131,10 +148,11 @@ def watched() -> None:
 def in_host(wrapped: Any, moments: int) -> int:
     """Bytes of a wrapped module's chunks, masters and moments that Gemini would have in host memory now."""
     chunks = wrapped.chunk_manager.get_chunks(wrapped.fp16_params)
+    if not moments:
+        return sum(c.shard_mem for c in chunks if not c.stays)
     total = sum(c.shard_mem for c in chunks if c.home == "host" and not c.is_gathered)
     # A master has twice the bytes of its chunk, and so has each moment.
-    masters = chunks if moments else ()
-    return total + sum(2 * c.shard_mem * (1 + moments) for c in masters if c.master_home == "host")
+    return total + sum(2 * c.shard_mem * (1 + moments) for c in chunks if c.master_home == "host")
 
 
 def measure(row: Row, folder: Path, size: Any) -> dict[str, Any]:
@@ -163,13 +181,8 @@ def measure(row: Row, folder: Path, size: Any) -> dict[str, Any]:
     step = StepModule(stage, models, make_projections(stage.projections), teachers)
     backend.begin(step, stage.stage.optim)
     made = plan_accuracy.batches(stage, node.info.size("V") or 8)
-    for number in range(2):
-        backend.step(made, Clock(number, 4, 4.0), 1e-4)
-    gc.collect()
-    before = plan_accuracy.living()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
-        backend.step(made, Clock(2, 4, 4.0), 1e-4)
-    most = before + plan_accuracy.most(seen)
+    backend.step(made, Clock(0, 4, 4.0), 1e-4)
+    most = peak(lambda number: backend.step(made, Clock(number, 4, 4.0), 1e-4))
     host = in_host(backend._wrapped, 2)  # type: ignore[attr-defined]
     if row.teacher is not None:
         host += in_host(teachers._wrapped, 0)
@@ -179,6 +192,26 @@ def measure(row: Row, folder: Path, size: Any) -> dict[str, Any]:
         "measured": most, "planned_host": held / row.processes, "measured_host": int(host),
         "parts": dict(planned.device), "moment": planned.moment,
     }  # fmt: skip
+
+
+def peak(step: Callable[[int], Any]) -> int:
+    """The most bytes while a step runs, the second of two that the profiler sees.
+
+    It hears nothing of the end of what was there before it, and chunks are made anew each time that they are used.
+    """
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
+        step(1)
+        gc.collect()
+        between, live = time.time_ns(), plan_accuracy.living()
+        step(2)
+    now = first = top = 0
+    for event in seen.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            if event.start_ns() < between:
+                first = top = now
+            top = max(top, now)
+    return live + top - first
 
 
 def started(number: int, folder: Path, out: Path, quick: bool) -> list[dict[str, Any]]:

@@ -244,7 +244,7 @@ def frozen(node: ModelNode, setup: Setup, machine: Machine, share: float = 1.0) 
     if where == "gemini":
         shard, offload = setup.fractions(node.name)
         packed = chunks(found, min(count, setup.chunk), setup.reach)
-        inside = in_chunks(packed.total, ranks, packed.gathered(shard), packed.away(offload) * (shard == 1.0), share)
+        inside = in_chunks(packed.total, ranks, 1 - shard, offload * (shard == 1.0), share)
         return replace(inside, name=node.name, count=count, exact=found.exact, work=window(packed, ranks))
     return Placed(node.name, where, count, device=weights(found, half), exact=found.exact)
 

@@ -204,8 +204,7 @@ def _places(plan: SpecPlan, machine: Machine, current: Setup) -> Iterator[Setup]
                 yield setup.placing(names[:count], place)
         if setup.backend == "gemini" and "gemini" not in PLACEMENT["placement"].later:
             names = _movable(plan, current, "gemini")
-            # Between all and nothing Gemini offloads nothing.
-            for count, share in product(range(1, len(names) + 1), (0.0, 1.0)):
+            for count, share in product(range(1, len(names) + 1), _FRACTIONS):
                 yield setup.placing(names[:count], "gemini").offloading(names[:count], share)
 
 
