@@ -86,30 +86,42 @@ def main() -> int:
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    parser = common.parser(__doc__)
-    parser.add_argument("--data", type=Path, help="a tab-separated file of id, rating, sentence")
-    parser.add_argument("--methods", type=lambda text: text.split(","), help="only these, with commas between")
-    parser.add_argument("--seeds", type=int, nargs="+")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--encoder", default=PACKAGE, help="the encoder's folder, where the package is not installed")
-    parser.add_argument("--jobs", type=int, help="worker processes; on a CPU one a core, on a GPU 8")
+    parser = shared_arguments(__doc__)
     parser.add_argument("--threads", type=int, help="threads of the timing; all cores unless given")
-    parser.add_argument("--work", type=Path, help="folder of specs, teachers and finished rows")
-    parser.add_argument("--rows", type=Path, help="file of the finished rows; else rows.jsonl in the work folder")
     parser.add_argument("--steps", type=int, help="optimiser steps of a student; on a CPU 200, on a GPU 600")
     parser.add_argument("--batch", type=int, help="sentences in a step; on a CPU 16, on a GPU 32")
     parser.add_argument("--rounds", type=int, default=3, help="rounds of the timing")
     parser.add_argument("--timed-steps", type=int, default=4, help="timed steps of a stage in a round")
     parser.add_argument("--no-timing", action="store_true", help="leave the columns of time and memory out")
     parser.add_argument("--only-timing", action="store_true", help="time and memory of a step alone, no student")
-    options = parser.parse_args()
+    options = completed(parser.parse_args(), "methods-table")
     gpu = options.device == "cuda"
-    options.seeds = options.seeds or ([0] if options.quick else [0, 1, 2])
     options.steps = options.steps or (12 if options.quick else 600 if gpu else 200)
     options.batch = options.batch or (32 if gpu and not options.quick else 16)
-    options.jobs = options.jobs or (8 if gpu else os.cpu_count() or 1)
     options.no_timing = options.no_timing or options.quick
-    options.work = (options.work or Path("runs") / ("methods-quick" if options.quick else "methods-table")).resolve()
+    return options
+
+
+def shared_arguments(doc: str | None) -> argparse.ArgumentParser:
+    """What the table and its variants are told alike."""
+    parser = common.parser(doc or "")
+    parser.add_argument("--data", type=Path, help="a tab-separated file of id, rating, sentence")
+    parser.add_argument("--methods", type=lambda text: text.split(","), help="only these, with commas between")
+    parser.add_argument("--seeds", type=int, nargs="+")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--encoder", default=PACKAGE, help="the encoder's folder, where the package is not installed")
+    parser.add_argument("--jobs", type=int, help="worker processes; on a CPU one a core, on a GPU 8")
+    parser.add_argument("--work", type=Path, help="folder of specs, teachers and finished rows")
+    parser.add_argument("--rows", type=Path, help="file of the finished rows; else rows.jsonl in the work folder")
+    return parser
+
+
+def completed(options: argparse.Namespace, folder: str) -> argparse.Namespace:
+    """What was not said of the shared arguments; `folder` is below `runs`."""
+    options.seeds = options.seeds or ([0] if options.quick else [0, 1, 2])
+    options.jobs = options.jobs or (8 if options.device == "cuda" else os.cpu_count() or 1)
+    quick = f"{folder}-quick" if options.quick else folder
+    options.work = (options.work or Path("runs") / quick).resolve()
     options.rows = (options.rows or options.work / "rows.jsonl").resolve()
     if Path(options.encoder).is_dir():
         options.encoder = str(Path(options.encoder).resolve())

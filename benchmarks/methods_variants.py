@@ -103,28 +103,13 @@ def main() -> int:
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    parser = common.parser(__doc__)
-    parser.add_argument("--data", type=Path, help="a tab-separated file of id, rating, sentence")
-    parser.add_argument("--methods", type=lambda text: text.split(","), help="only these, with commas between")
-    parser.add_argument("--seeds", type=int, nargs="+")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--encoder", default=whole.PACKAGE, help="the encoder's folder, where it is not installed")
-    parser.add_argument("--jobs", type=int, help="worker processes; on a CPU one a core, on a GPU 8")
-    parser.add_argument("--work", type=Path, default=Path("runs") / "methods-variants")
-    parser.add_argument("--rows", type=Path, help="file of the finished rows; else rows.jsonl in the work folder")
+    parser = whole.shared_arguments(__doc__)
     parser.add_argument("--minutes", type=float, default=math.inf, help="start no row after so long")
     parser.add_argument("--stored", action="store_true", help="run nothing: report the rows that are there")
-    options = parser.parse_args()
-    gpu = options.device == "cuda"
+    options = whole.completed(parser.parse_args(), "methods-variants")
     options.only_timing = False
-    options.seeds = options.seeds or ([0] if options.quick else [0, 1, 2])
     options.steps = 12 if options.quick else 600
-    options.batch = 32 if gpu and not options.quick else 16
-    options.jobs = options.jobs or (8 if gpu else os.cpu_count() or 1)
-    options.work = options.work.resolve()
-    options.rows = (options.rows or options.work / "rows.jsonl").resolve()
-    if Path(options.encoder).is_dir():
-        options.encoder = str(Path(options.encoder).resolve())
+    options.batch = 32 if options.device == "cuda" and not options.quick else 16
     return options
 
 
