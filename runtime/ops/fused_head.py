@@ -3,14 +3,20 @@
 Every factor of every position is known before the forward, so the gradient is made in it, tile by tile over rows: the
 student's logits, the teachers', the gradient in the place of the student's, its products with the hidden states and
 with the weight. The backward only scales what is there. At any time two tiles are alive, and one more for each further
-teacher; four matrix products are done, where recomputing would do six.
+teacher; four matrix products are done, where recomputing would do six. The elementwise part is one Triton kernel where
+there is a GPU and Triton and it knows the losses (`fused_triton`), else that of `fused_rows`, block by block.
 """
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -18,8 +24,12 @@ from torch import Tensor
 
 from gkd_dsl.runtime.ops.fused_rows import Block, RowLoss, logits_of
 
-TILE_BYTES = {"cpu": 80 * 2**20, "cuda": 256 * 2**20}
+log = logging.getLogger("gkd_dsl")
+
+TILE_BYTES = {"cpu": 80 * 2**20, "cuda": 160 * 2**20}
 """The size of a tile: on the CPU little beside the gradient of a large head, on a GPU enough to fill it."""
+TILE_STEP = 128
+"""On a GPU tiles have a multiple of these rows: what its matrix products take at a time."""
 BLOCK_BYTES = {"cpu": 5 * 2**18, "cuda": 64 * 2**20}
 """The size of the rows that the elementwise work takes at a time: on the CPU what the cache holds."""
 
@@ -36,6 +46,11 @@ class Head:
     scale: float = 1.0
     softcap: float | None = None
     divide: bool = False
+
+    @property
+    def factor(self) -> float:
+        """What the linear map is multiplied with."""
+        return 1.0 / self.scale if self.divide else self.scale
 
     def shaped(self, z: Tensor) -> Tensor:
         """The logits of what the linear map gives, in its place."""
@@ -112,7 +127,7 @@ class _Fused(torch.autograd.Function):
         )
         for start in range(0, hidden.shape[0], rows):
             work.tile(start, min(start + rows, hidden.shape[0]), rows)
-        sums = work.sums
+        sums = work.summed()
         total = sum((loss.scale * value for loss, value in zip(losses, sums, strict=True)), sums.new_zeros(()))
         ctx.found = work.gradients()
         ctx.mark_non_differentiable(sums)
@@ -125,7 +140,9 @@ class _Fused(torch.autograd.Function):
         # Handed over, not copied: autograd keeps a gradient as it is where nobody else holds it.
         found, ctx.found = ctx.found, None
         if upstream.device.type != "cpu" or float(upstream) != 1.0:
-            found = [None if gradient is None else gradient.mul_(upstream.to(gradient.dtype)) for gradient in found]
+            for gradient in found:
+                if gradient is not None:
+                    _scale(gradient, upstream)
         return (*found, None, None, None, None, None, None)
 
 
@@ -152,18 +169,39 @@ class _Work:
         self.sums = torch.zeros(len(losses), dtype=self.soft, device=hidden.device)
         needs_x, needs_w, needs_b = needs
         self.any = any(needs)
-        self.d_x = torch.zeros_like(hidden) if needs_x else None
+        self.d_x = torch.empty_like(hidden) if needs_x else None
         # The first tile fills it: a pass of zeros over it would cost as much as a part of a product.
         self.d_w = torch.empty_like(weight) if needs_w else None
         self.d_b = torch.zeros_like(bias, dtype=self.soft) if needs_b and bias is not None else None
         self.tiles: list[Tensor] = []
         self.empty = True
+        self.job: Any = None
+        self.values: Tensor | None = None
+        self._find_kernel()
+
+    def _find_kernel(self) -> None:
+        """Look for the kernel, and whether it knows these losses of these logits."""
+        kernels = _kernels(self.x.device.type)
+        if kernels is None or self.dtype not in kernels.DTYPES:
+            return
+        for made, teacher in zip(self.taught, self.teachers, strict=True):
+            logits = teacher.logits if made is None else None
+            dtype = made[0].dtype if made is not None else logits.dtype if logits is not None else None
+            columns = made[1].shape[0] if made is not None else logits.shape[1] if logits is not None else None
+            plain = logits is None or (logits.stride(1) == 1 and logits.device == self.x.device)
+            if dtype not in kernels.DTYPES or columns != self.weight.shape[0] or not plain:
+                return
+        self.job = kernels.job(self.losses, len(self.teachers), self.x.device)
+        if self.job is not None:
+            # A length that does not change what the kernel is compiled for.
+            self.values = self.sums.new_zeros(len(self.losses), -(-self.x.shape[0] // 16) * 16)
 
     def tile(self, start: int, stop: int, rows: int) -> None:
         """Do the rows from `start` to `stop`."""
-        logits = self._logits(start, stop, rows)
-        student, taught = logits[0], logits[1:]
-        self._rows(start, student, taught)
+        tiles = self._maps(start, stop, rows)
+        student = tiles[0]
+        if not self._by_kernel(start, tiles):
+            self._rows(start, *self._logits(start, stop, tiles))
         if not self.any:
             return
         if self.d_x is not None:
@@ -174,31 +212,48 @@ class _Work:
             self.d_b += student.sum(0, dtype=self.soft)
         self.empty = False
 
-    def _logits(self, start: int, stop: int, rows: int) -> list[Tensor]:
-        """The tiles of the student and of each teacher; memory is taken once."""
-        sources = [(self.x, self.weight, self.bias, self.head)]
-        sources += [
-            (*made, teacher.head)
-            for made, teacher in zip(self.taught, self.teachers, strict=True)
-            if made is not None and teacher.head is not None
-        ]  # fmt: skip
+    def _maps(self, start: int, stop: int, rows: int) -> list[Tensor]:
+        """What the linear maps of the student and of each teacher with a head give; memory is taken once."""
+        sources = [(self.x, self.weight, self.bias), *(made for made in self.taught if made is not None)]
         if not self.tiles:
-            self.tiles = [x.new_empty(rows, weight.shape[0]) for x, weight, *_ in sources]
-        made = []
-        for (x, weight, bias, head), place in zip(sources, self.tiles, strict=True):
-            made.append(head.shaped(logits_of(x[start:stop], weight, bias, place[: stop - start])))
-        student, heads = made[0], iter(made[1:])
-        found = [student]
+            rows = min(rows, self.x.shape[0])
+            self.tiles = [x.new_empty(rows, weight.shape[0]) for x, weight, _ in sources]
+        return [
+            logits_of(x[start:stop], weight, bias, place[: stop - start])
+            for (x, weight, bias), place in zip(sources, self.tiles, strict=True)
+        ]
+
+    def _logits(self, start: int, stop: int, tiles: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """The logits of the student and of each teacher."""
+        found, heads = [], iter(tiles[1:])
         for which, teacher in zip(self.taught, self.teachers, strict=True):
-            if which is not None:
-                found.append(next(heads))
+            if which is not None and teacher.head is not None:
+                found.append(teacher.head.shaped(next(heads)))
             else:
                 assert teacher.logits is not None
                 at = slice(start, stop) if teacher.rows is None else teacher.rows[start:stop]
                 found.append(teacher.logits[at])
-        return found
+        return self.head.shaped(tiles[0]), found
 
-    def _rows(self, start: int, student: Tensor, taught: Sequence[Tensor]) -> None:
+    def _by_kernel(self, start: int, tiles: Sequence[Tensor]) -> bool:
+        """Sums and gradient by the kernel; False where it is not to be had."""
+        kernels = _kernels(self.x.device.type)
+        if kernels is None or self.job is None or self.values is None:
+            return False
+        source = self.teachers[0] if self.teachers else Teacher()
+        taught, picked = (tiles[1] if len(tiles) > 1 else source.logits), None
+        if source.logits is not None and len(tiles) == 1:
+            picked = source.rows
+            taught = source.logits if picked is not None else source.logits[start : start + tiles[0].shape[0]]
+        shapes = [kernels.Shape(head.factor, head.softcap) for head in (self.head, source.head or Head(self.weight))]
+        with _on(self.x.device):
+            return _tried(
+                lambda: kernels.rows(
+                    self.job, tiles[0], shapes[0], taught, shapes[1], picked, start, self.values, self.any
+                )
+            )
+
+    def _rows(self, start: int, student: Tensor, taught: list[Tensor]) -> None:
         """Sums of the losses, and the gradient in the place of the student's logits, by blocks that a cache holds."""
         widest = max(x.shape[1] for x in (student, *taught))
         size = max(1, _of(BLOCK_BYTES, student.device) // (widest * self.soft.itemsize))
@@ -228,14 +283,27 @@ class _Work:
             else:
                 self.d_w.addmm_(gradient.T, x)
             return
-        # Products in bf16, their sum in the weight's own precision, a slice of the vocabulary at a time.
-        step = max(1, _of(TILE_BYTES, x.device) // (4 * x.shape[1] * self.own.itemsize))
-        for first in range(0, gradient.shape[1], step):
-            part = gradient[:, first : first + step].T @ x
+        # Products in bf16, their sum in the weight's own precision, a slice of the vocabulary at a time: where a tile
+        # of a teacher is, which is not needed any more, else in a part of the size of a fourth of a tile.
+        words, width = gradient.shape[1], x.shape[1]
+        place = self.tiles[1].flatten() if len(self.tiles) > 1 and self.tiles[1].dtype == self.dtype else None
+        if place is None or place.numel() < width:
+            place = x.new_empty(
+                min(words, max(1, _of(TILE_BYTES, x.device) // (4 * width * self.own.itemsize))) * width
+            )
+        step = min(words, place.numel() // width)
+        for first in range(0, words, step):
+            many = min(step, words - first)
+            part = place[: many * width].view(many, width)
+            torch.mm(gradient[:, first : first + many].T, x, out=part)
             if self.empty:
-                self.d_w[first : first + step].copy_(part)
+                self.d_w[first : first + many].copy_(part)
             else:
-                self.d_w[first : first + step].add_(part)
+                self.d_w[first : first + many].add_(part)
+
+    def summed(self) -> Tensor:
+        """The weighted sum of each loss."""
+        return self.sums if self.values is None else self.sums + self.values.sum(1)
 
     def gradients(self) -> list[Tensor | None] | None:
         """Those of the hidden rows, the weight and the bias, in their dtypes; lets go of the tiles."""
@@ -273,5 +341,69 @@ def _of(table: dict[str, int], device: torch.device) -> int:
 
 def _tile_rows(rows: int, vocabulary: int, dtype: torch.dtype, device: torch.device) -> int:
     """How many rows a tile has: all tiles about equal."""
-    most = max(1, _of(TILE_BYTES, device) // (vocabulary * dtype.itemsize))
-    return max(1, math.ceil(rows / math.ceil(rows / most))) if rows else 1
+    if not rows:
+        return 1
+    step = 1 if device.type == "cpu" else TILE_STEP
+    most = max(step, _of(TILE_BYTES, device) // (vocabulary * dtype.itemsize) // step * step)
+    if rows <= most:
+        return rows
+    return math.ceil(rows / math.ceil(rows / most) / step) * step
+
+
+KERNEL_DEVICES = {"cuda"}
+"""Types of devices that the kernel is for."""
+_failed: list[BaseException] = []
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def _kernels(device: str) -> ModuleType | None:
+    """The kernels where they can be used: the one place where that is chosen."""
+    if device not in KERNEL_DEVICES or _failed or not _has_triton():
+        return None
+    found: list[ModuleType] = []
+
+    def load() -> None:
+        from gkd_dsl.runtime.ops import fused_triton
+
+        found.append(fused_triton)
+
+    return found[0] if _tried(load) else None
+
+
+def _tried(do: Callable[[], None]) -> bool:
+    """Whether a kernel was made and started; if not, no more are in this process, and the log says why, once.
+
+    A driver, a compiler or a version that Triton cannot use shows in many ways; nothing was written by then.
+    """
+    try:
+        do()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        if not _failed:
+            log.warning(
+                "the kernel for fused losses does not run here, the slower way is taken: %s: %s",
+                type(error).__name__, str(error).strip()[:300],
+            )  # fmt: skip
+        _failed.append(error)
+        return False
+    return True
+
+
+def _on(device: torch.device) -> Any:
+    """Kernels start on the current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _scale(gradient: Tensor, by: Tensor) -> None:
+    """`gradient` times a scalar, in its place."""
+    kernels = _kernels(gradient.device.type)
+    if kernels is not None and gradient.dtype in kernels.DTYPES and gradient.is_contiguous():
+        with _on(gradient.device):
+            if _tried(lambda: kernels.scale(gradient, by)):
+                return
+    gradient.mul_(by.to(gradient.dtype))
