@@ -199,6 +199,8 @@ def measure(case: Case, folder: Path, device: str, size: Size) -> dict[str, Any]
     for name, model in models.items():
         if name != "t" or case.placement == "resident":
             backend.place(model)
+    # Otherwise this name keeps the last of them.
+    del model
     run, teachers = placed(stage, case.placement, models, backend, plan.runtime)
     step = StepModule(run, models, make_projections(stage.projections), teachers)
     backend.begin(step, stage.stage.optim)
