@@ -10,7 +10,7 @@ from gkd_dsl.graph.passes.fuse import fuse
 from gkd_dsl.graph.passes.sparse import TopK, sparse
 from gkd_dsl.graph.plan import HeadPlan, SpecPlan, StagePlan
 from gkd_dsl.graph.stored import refusals, sparse_keys, student_task, temperatures
-from gkd_dsl.planning import parameters
+from gkd_dsl.planning import operators, parameters
 from gkd_dsl.planning.blocks import Shape
 from gkd_dsl.planning.chunks import Chunks, chunks
 from gkd_dsl.planning.layout import HALF, STREAMED, Placed, Setup, Trained, frozen, in_chunks, trained, window
@@ -223,6 +223,7 @@ def _device(
     shape: Shape,
 ) -> Ledger:
     ledger = Ledger()
+    ledger.add("libraries", operators.LIBRARIES[machine.kind])
     extra = sum(beside.values())
     gemini = setup.backend == "gemini"
     for model in models.values():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 
-PARTS = ("weights", "gradients", "optimizer", "activations", "taps", "logits", "losses", "chunks")
+PARTS = ("weights", "gradients", "optimizer", "activations", "taps", "logits", "losses", "chunks", "libraries")
 """What memory is used for, in the order of the tables."""
 
 

@@ -54,6 +54,9 @@ WORK = 6
 """Copies of such rows that are alive at once."""
 
 
+LIBRARIES = {"cpu": 0, "cuda": 64 * 2**20}
+"""Bytes that libraries take for themselves: on a GPU the workspaces of cuBLAS, as counted on an H100."""
+
 OVER_TOP_K = Held(7.0, 2.0, 3.0)
 """A divergence from a teacher's k largest logits: the student's rows, their log-softmax, and that of the others."""
 
