@@ -75,7 +75,9 @@ class FusedLosses:
         head = self._head(step.student)
         weights = {term.key: self._weights(term, env, hidden, head.weight.shape[0]) for term in step.terms}
         counts = torch.stack([mask for mask, _ in weights.values()]).any(0).flatten()
-        rows = None if bool(counts.all()) else counts.nonzero().squeeze(-1)
+        # On a GPU this is what a step waits for, once.
+        picked = counts.nonzero().squeeze(-1)
+        rows = None if len(picked) == len(counts) else picked
         names = {name: head for head in step.teachers for name in head.names}
         keys = [key for term in step.terms if (key := dict(term.inputs).get("teacher")) is not None]
         # Copies that are detached are the same logits.
@@ -121,7 +123,8 @@ class FusedLosses:
         if term.op == "cross_entropy":
             labels = env[dict(term.inputs)["labels"]]
             mask = mask & (labels != -100)
-            check_labels(labels[mask], classes)
+            if labels.device.type == "cpu":
+                check_labels(labels[mask], classes)
         value = mask.to(torch.float64 if hidden.dtype == torch.float64 else torch.float32)
         if counted.token_weight:
             value = torch.where(mask, env[counted.token_weight].to(value.dtype), 0.0)

@@ -273,3 +273,21 @@ def test_a_teacher_in_bf16_has_its_logits_in_bf16():
     expected = by_hand(loss, whole(hidden, head), whole(*source).float()).sum()
     torch.testing.assert_close(total, expected)
     torch.testing.assert_close(*(torch.autograd.grad(x, [hidden])[0] for x in (total, expected)))
+
+
+def test_tiles_on_a_gpu_are_about_equal_and_have_multiples_of_128_rows():
+    gpu = torch.device("cuda")
+
+    def tiles(rows, vocabulary=151936, dtype=torch.bfloat16):
+        size = fused_head._tile_rows(rows, vocabulary, dtype, gpu)
+        assert rows <= size or size % 128 == 0
+        assert size == 128 or size * vocabulary * dtype.itemsize <= fused_head.TILE_BYTES["cuda"]
+        return [min(size, rows - start) for start in range(0, rows, size)]
+
+    assert tiles(500) == [500]
+    assert tiles(1000) == [512, 488]
+    assert tiles(1024) == [512, 512]
+    assert tiles(1048) == [384, 384, 280]
+    assert tiles(1024, dtype=torch.float32) == [256] * 4
+    assert tiles(300, 2**22) == [128, 128, 44]
+    assert tiles(0) == []
