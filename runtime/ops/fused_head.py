@@ -13,7 +13,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
@@ -160,10 +160,14 @@ class _Work:
         dtype: torch.dtype | None,
         needs: tuple[bool, bool, bool],
     ) -> None:
-        self.head, self.teachers, self.losses = head, teachers, losses
+        self.head, self.teachers = head, teachers
         self.taught = [_cast(teacher, dtype) for teacher in teachers]
         self.own, dtype = weight.dtype, dtype or weight.dtype
         self.dtype = dtype
+        # In fp16 a mean over many tokens would round small gradients of logits to 0: the products get its factor.
+        largest = max((abs(loss.scale) for loss in losses), default=0.0)
+        self.unit = largest if dtype == torch.float16 and largest else 1.0
+        self.losses = [loss if self.unit == 1.0 else replace(loss, scale=loss.scale / self.unit) for loss in losses]
         self.soft = dtype if dtype in (torch.float32, torch.float64) else torch.float32
         self.x, self.weight, self.bias = hidden.to(dtype), weight.to(dtype), _to(bias, dtype)
         self.sums = torch.zeros(len(losses), dtype=self.soft, device=hidden.device)
@@ -205,11 +209,11 @@ class _Work:
         if not self.any:
             return
         if self.d_x is not None:
-            _product(student, self.weight, self.d_x[start:stop])
+            _product(student, self.weight, self.d_x[start:stop], self.unit)
         if self.d_w is not None:
             self._weight(student, self.x[start:stop])
         if self.d_b is not None:
-            self.d_b += student.sum(0, dtype=self.soft)
+            self.d_b.add_(student.sum(0, dtype=self.soft), alpha=self.unit)
         self.empty = False
 
     def _maps(self, start: int, stop: int, rows: int) -> list[Tensor]:
@@ -279,9 +283,9 @@ class _Work:
         assert self.d_w is not None
         if self.dtype == self.own:
             if self.empty:
-                torch.mm(gradient.T, x, out=self.d_w)
+                _product(gradient.T, x, self.d_w, self.unit)
             else:
-                self.d_w.addmm_(gradient.T, x)
+                self.d_w.addmm_(gradient.T, x, alpha=self.unit)
             return
         # Products in bf16, their sum in the weight's own precision, a slice of the vocabulary at a time: where a tile
         # of a teacher is, which is not needed any more, else in a part of the size of a fourth of a tile.
@@ -296,10 +300,11 @@ class _Work:
             many = min(step, words - first)
             part = place[: many * width].view(many, width)
             torch.mm(gradient[:, first : first + many].T, x, out=part)
+            here = self.d_w[first : first + many]
             if self.empty:
-                self.d_w[first : first + many].copy_(part)
+                _copied(part, here, self.unit)
             else:
-                self.d_w[first : first + many].add_(part)
+                here.add_(part, alpha=self.unit)
 
     def summed(self) -> Tensor:
         """The weighted sum of each loss."""
@@ -315,12 +320,20 @@ class _Work:
         return [self.d_x, self.d_w, None if self.d_b is None else self.d_b.to(self.own)]
 
 
-def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """`out` = a b, also where `out` is of another dtype."""
-    if out.dtype == a.dtype:
+def _product(a: Tensor, b: Tensor, out: Tensor, factor: float = 1.0) -> None:
+    """`out` = factor a b, also where `out` is of another dtype."""
+    if out.dtype != a.dtype:
+        _copied(a @ b, out, factor)
+    elif factor == 1.0:
         torch.mm(a, b, out=out)
     else:
-        out.copy_(a @ b)
+        torch.addmm(out, a, b, beta=0.0, alpha=factor, out=out)
+
+
+def _copied(x: Tensor, out: Tensor, factor: float) -> None:
+    out.copy_(x)
+    if factor != 1.0:
+        out.mul_(factor)
 
 
 def _to(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:

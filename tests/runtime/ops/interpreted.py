@@ -104,7 +104,7 @@ def head(kernels, monkeyed):
     from gkd_dsl.runtime.ops.fused_head import Head, Teacher, fused_losses
 
     found = {}
-    for dtype, given in itertools.product((torch.float32, torch.bfloat16), (False, True)):
+    for dtype, given in itertools.product((torch.float32, torch.bfloat16, torch.float16), (False, True)):
         generator = torch.Generator().manual_seed(7)
         hidden, weight, bias, taught, theirs = (
             torch.randn(*size, generator=generator)
@@ -124,7 +124,7 @@ def head(kernels, monkeyed):
             fused_head.KERNEL_DEVICES = {"cpu"} if way == "kernel" else set()
             calls = monkeyed["calls"]
             inputs = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
-            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
                 total, sums = fused_losses(
                     inputs[0], Head(*inputs[1:], scale=3.0, softcap=6.0, divide=True), [source], losses, tile_rows=4
                 )

@@ -291,3 +291,21 @@ def test_tiles_on_a_gpu_are_about_equal_and_have_multiples_of_128_rows():
     assert tiles(1024, dtype=torch.float32) == [256] * 4
     assert tiles(300, 2**22) == [128, 128, 44]
     assert tiles(0) == []
+
+
+@pytest.mark.parametrize(("autocast", "scale"), [(True, 1e-7), (False, 1e-5)])
+def test_the_mean_over_many_tokens_keeps_small_gradients_in_fp16(autocast, scale):
+    dtype = torch.float32 if autocast else torch.float16
+    hidden, head = side(1, dtype=dtype)
+    wanted = [x.requires_grad_() for x in (hidden, head.weight, head.bias)]
+    source = side(5, 4, dtype=dtype)
+    # Times the scale the gradients at logits are about the least number of fp16, or below.
+    loss = RowLoss("kl", scale, torch.ones(N), 0)
+    with torch.autocast("cpu", torch.float16, enabled=autocast):
+        total, _ = fused_losses(hidden, head, [Teacher(*source)], [loss], tile_rows=4)
+        x, t = whole(hidden, head), whole(*source)
+    assert x.dtype == torch.float16
+    expected = by_hand(loss, x.float(), t.float()).sum()
+    pairs = zip(torch.autograd.grad(total, wanted), torch.autograd.grad(expected, wanted), strict=True)
+    for one, other in pairs:
+        torch.testing.assert_close(one.float() / scale, other.float(), rtol=5e-3, atol=2e-2)

@@ -117,7 +117,7 @@ def test_a_gradient_is_scaled_in_its_place(found):
 
 
 @pytest.mark.parametrize("given", [False, True])
-@pytest.mark.parametrize("dtype", ["torch.float32", "torch.bfloat16"])
+@pytest.mark.parametrize("dtype", ["torch.float32", "torch.bfloat16", "torch.float16"])
 def test_a_head_in_tiles_gives_what_the_eager_way_gives(dtype, given, found):
     assert found["failed"] == []
     kernel, eager = (found["head"][dtype, given, way] for way in ("kernel", "eager"))
