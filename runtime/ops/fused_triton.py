@@ -174,10 +174,9 @@ def _sum(total: tl.tensor, most: tl.tensor, x: tl.tensor, by: tl.tensor) -> tl.t
 
 
 @triton.jit
-def _log_sum(total: tl.tensor, most: tl.tensor, by: tl.tensor) -> tl.tensor:
-    """log sum exp(by .) of all lanes."""
-    top = tl.max(most, 0)
-    return top * by + tl.log(tl.sum(total * tl.exp((most - top) * by), 0))
+def _log_sum(total: tl.tensor, most: tl.tensor, top: tl.tensor, by: tl.tensor) -> tl.tensor:
+    """log sum exp(by (. - top)) of all lanes."""
+    return tl.log(tl.sum(total * tl.exp((most - top) * by), 0))
 
 
 @triton.jit
@@ -259,13 +258,17 @@ def _rows(
             t = _logits(T, at, inside, taught_scale, taught_cap, TAUGHT_CAP)
             t_total = _sum(t_total, t_most, t, by)
             t_most = tl.maximum(t_most, t)
-    lse = _log_sum(total, most, by)
+    # Log-sum-exps over the largest: with that in them they would round off what logits far from 0 differ by.
+    top = tl.max(most, 0)
+    lse = _log_sum(total, most, top, by)
     lse_1 = lse
     if APART:
-        lse_1 = _log_sum(other, most, 1.0)
+        lse_1 = _log_sum(other, most, top, 1.0)
+    t_top = top
     t_lse = lse
     if KIND:
-        t_lse = _log_sum(t_total, t_most, by)
+        t_top = tl.max(t_most, 0)
+        t_lse = _log_sum(t_total, t_most, t_top, by)
 
     inner = 0.0
     if KIND >= 3:
@@ -275,8 +278,8 @@ def _rows(
         for start in range(0, columns, BLOCK):
             at = start + cols
             inside = at < columns
-            log_q = _logits(S, at, inside, scale, cap, CAP) * by - lse
-            log_p = _logits(T, at, inside, taught_scale, taught_cap, TAUGHT_CAP) * by - t_lse
+            log_q = (_logits(S, at, inside, scale, cap, CAP) - top) * by - lse
+            log_p = (_logits(T, at, inside, taught_scale, taught_cap, TAUGHT_CAP) - t_top) * by - t_lse
             q = tl.exp(log_q)
             if KIND == 3:
                 ours += _share(q, log_q - log_p)
@@ -312,8 +315,8 @@ def _rows(
             x = _logits(S, at, inside, scale, cap, CAP)
             g = zeros
             if KIND:
-                log_q = x * by - lse
-                log_p = _logits(T, at, inside, taught_scale, taught_cap, TAUGHT_CAP) * by - t_lse
+                log_q = (x - top) * by - lse
+                log_p = (_logits(T, at, inside, taught_scale, taught_cap, TAUGHT_CAP) - t_top) * by - t_lse
                 p = tl.exp(log_p)
                 q = tl.exp(log_q)
                 if KIND == 1:
@@ -330,9 +333,9 @@ def _rows(
                     g = tl.where(soft != 0.0, g, 0.0)
             if HARD:
                 here = at == label
-                hit += tl.where(here, x, 0.0)
+                hit += tl.where(here, x - top, 0.0)
                 if GRADIENT:
-                    h = tl.exp(x - lse_1) - tl.where(here, 1.0 - smoothing, 0.0)
+                    h = tl.exp(x - top - lse_1) - tl.where(here, 1.0 - smoothing, 0.0)
                     if SMOOTH:
                         h -= smoothing / columns
                     g += tl.where(hard != 0.0, h * hard, 0.0)
@@ -349,5 +352,5 @@ def _rows(
         weight = tl.load(HARD_WEIGHT + number)
         value = lse_1 - tl.sum(hit, 0)
         if SMOOTH:
-            value = (1.0 - smoothing) * value + smoothing * (lse_1 - tl.sum(summed, 0) / columns)
+            value = (1.0 - smoothing) * value + smoothing * (lse_1 + (top - tl.sum(summed, 0) / columns))
         tl.store(HARD_VALUE + number, tl.where(weight != 0.0, value * weight, 0.0))
