@@ -88,6 +88,23 @@ def interpreted(case, kernels, *, gradient=True, rows=slice(None), picked=False)
     return student, values
 
 
+def extreme(op):
+    """Logits far apart and far from 0, and a class that the teacher excludes where the divergence stays finite."""
+    generator = torch.Generator().manual_seed(3)
+    student, teacher = (torch.randn(3, COLUMNS, generator=generator) * 400.0 + 1000.0 for _ in range(2))
+    if op != "reverse_kl":
+        teacher[:, 7] = -torch.inf
+    return RowLoss(op, 1.0, torch.ones(3), 0), student, teacher
+
+
+def of_extremes(kernels, op):
+    loss, student, teacher = extreme(op)
+    values = torch.zeros(1, 16)
+    job = kernels.job([loss], 1, student.device)
+    kernels.rows(job, student, kernels.Shape(), teacher, kernels.Shape(), None, 0, values, True)
+    return student, values[0, :3]
+
+
 def scaled(kernels):
     x = torch.arange(5000.0)
     kernels.scale(x, torch.tensor(2.5))
@@ -150,6 +167,7 @@ def main(path):
         "picked": {case: interpreted(case, fused_triton, picked=True) for case in PICKED},
         "values": {case: interpreted(case, fused_triton, gradient=False) for case in VALUES},
         "one": {case: interpreted(case, fused_triton, rows=slice(0, 1)) for case in ONE},
+        "extreme": {op: of_extremes(fused_triton, op) for op in ("kl", "reverse_kl", "soft_cross_entropy", "jsd")},
         "scaled": scaled(fused_triton),
         "head": head(fused_triton, monkeyed),
         "failed": [repr(error) for error in fused_head._failed],

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 
 import interpreted
@@ -107,6 +108,42 @@ def test_values_alone_leave_the_logits(case, found):
     student, values = found["values"][case]
     torch.testing.assert_close(student, drawn(case)[1], rtol=0.0, atol=0.0, equal_nan=True)
     torch.testing.assert_close(values[:, FIRST : FIRST + ROWS].double(), expected(case)[1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("op", ["kl", "reverse_kl", "soft_cross_entropy", "jsd"])
+def test_large_logits_keep_their_digits_and_an_excluded_class_adds_nothing(op, found):
+    _, student, teacher = interpreted.extreme(op)
+    x = student.double().requires_grad_()
+    log_q, log_p = F.log_softmax(x, -1), F.log_softmax(teacher.double(), -1)
+    q, p = log_q.exp(), log_p.exp()
+    if op == "reverse_kl":
+        values = (q * (log_q - log_p)).sum(-1)
+    elif op == "jsd":
+        log_m = ((p + q) / 2).clamp(min=1e-300).log()
+        values = (torch.where(p > 0.0, p * (log_p - log_m), 0.0) + q * (log_q - log_m)).sum(-1) / 2
+    else:
+        values = -(p * log_q).sum(-1)
+        if op == "kl":
+            values = values + torch.special.entr(p).neg().sum(-1)
+    (gradient,) = torch.autograd.grad(values.sum(), [x])
+    torch.testing.assert_close(found["extreme"][op][1].double(), values.detach(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found["extreme"][op][0].double(), gradient, rtol=1e-5, atol=1e-6)
+
+
+def test_the_kernel_takes_what_it_knows_and_leaves_the_rest():
+    from gkd_dsl.runtime.ops.fused_triton import job
+
+    ones, cpu = torch.ones(2), torch.device("cpu")
+    soft, hard = (
+        RowLoss("kl", 1.0, ones, 0),
+        RowLoss("cross_entropy", 1.0, ones, labels=torch.zeros(2, dtype=torch.long)),
+    )
+    trimmed = RowLoss("kl", 1.0, ones, 0, {"align": "trim", "vocabulary": 3})
+    assert job([hard, soft], 1, cpu) is not None
+    assert job([hard], 0, cpu) is not None
+    refused = [[], [soft, soft], [hard, hard], [trimmed], [RowLoss("tvd", 1.0, ones, 0)], [replace(soft, exact=False)]]
+    assert [job(losses, 1, cpu) for losses in refused] == [None] * len(refused)
+    assert job([soft], 2, cpu) is None
 
 
 def test_a_gradient_is_scaled_in_its_place(found):
