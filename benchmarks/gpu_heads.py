@@ -12,9 +12,13 @@ import torch
 from common import quartiles, table
 from gpu_rows import Options, Row
 
-LENGTHS = (512, 1000, 1024, 1048, 2048, 4096, 8192)
-OTHERS = ((2048, 32000, 2048), (4096, 32000, 2048), (8192, 128256, 4096))
-COMPILED = ("liger", "liger.128")
+from gkd_dsl.runtime.ops import fused_head
+
+LENGTHS = (1024, 4096, 512, 8192, 1000, 1048, 2048)
+OTHERS = ((8192, 128256, 4096),)
+COMPILED = ("liger",)
+SLOW = ("liger.128",)
+"""Not measured here: a chunk that Liger does not choose, and that takes it five times as long."""
 
 
 def rows(options: Options) -> list[Row]:
@@ -34,7 +38,8 @@ def _name(shape: tuple[int, int, int]) -> str:
 
 
 def _names(options: Options) -> list[str]:
-    return [name for name in bench.present() if options.cuda or name not in ("trl", *COMPILED)]
+    there = [name for name in bench.present() if name not in SLOW]
+    return [name for name in there if options.cuda or name not in ("trl", *COMPILED)]
 
 
 def agreement(options: Options) -> dict[str, Any]:
@@ -70,7 +75,8 @@ def heads(shape: tuple[int, int, int], options: Options) -> dict[str, Any]:
         for (name, loss), (one,) in found.items()
     }
     floor = bench.floor_bytes(shape, dtype.itemsize) / bench.MIB
-    return {"shape": shape, "runs": runs, "failed": failed, "floor_mib": floor, **verdict(runs)}
+    lost = str(fused_head._failed)  # Why our kernel is not used in this process, where it is not.
+    return {"shape": shape, "runs": runs, "failed": failed, "floor_mib": floor, "no_kernel": lost, **verdict(runs)}
 
 
 def verdict(runs: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:

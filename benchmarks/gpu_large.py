@@ -25,10 +25,10 @@ def rows(options: Options) -> list[Row]:
 
     return [
         Row("the link", link, "", 60.0),
-        Row("14B, offload", large("14B", LEAN, "offload"), "", 120.0),
-        Row("32B, offload", large("32B", LEAN, "offload"), "", 200.0),
         Row("70B, offload, the blocks share one block's host memory", large("70B", LEAN, "offload", alike=True), "",
             150.0),
+        Row("14B, offload", large("14B", LEAN, "offload"), "", 120.0),
+        Row("32B, offload", large("32B", LEAN, "offload"), "", 200.0),
         Row("14B, resident", large("14B", LEAN, "resident"), "", 90.0),
         Row("14B, gemini, in chunks in host memory", large("14B", GEMINI, "gemini"), "", 200.0, NO_COMPILER),
         Row("32B, resident (does not fit in 80 GB)", large("32B", LEAN, "resident"), "", 90.0),

@@ -55,13 +55,13 @@ LINK = Machine(1, 2**37, 2**37)
 GEMINI = {"backend": "gemini"}
 WAYS: dict[str, tuple[Mapping[str, Any], str]] = {
     "resident": ({}, "resident"),
-    "resident, whole logits": ({"fuse_logits": "off"}, "resident"),
-    "resident, checkpointing": ({"checkpoint": True}, "resident"),
     "offload": ({}, "offload"),
     "cached": ({}, "cached"),
-    "gemini, teacher resident": (GEMINI, "resident"),
-    "gemini, optimiser offloaded": ({**GEMINI, "offload_optim_frac": 1.0}, "resident"),
     "gemini, teacher in chunks": (GEMINI, "gemini"),
+    "gemini, teacher resident": (GEMINI, "resident"),
+    "resident, whole logits": ({"fuse_logits": "off"}, "resident"),
+    "gemini, optimiser offloaded": ({**GEMINI, "offload_optim_frac": 1.0}, "resident"),
+    "resident, checkpointing": ({"checkpoint": True}, "resident"),
     "gemini, teacher offloaded": (GEMINI, "offload"),
 }
 
@@ -109,7 +109,7 @@ def bare(options: Options) -> dict[str, Any]:
     with peak(options) as memory:
         step()
     step()
-    rounds = 3 if options.quick else 8
+    rounds = 3 if options.quick else 5
     both = seconds(step, options, rounds, 1)
     parts = {"teacher_seconds": forward, "student_seconds": train}
     return {
@@ -125,7 +125,7 @@ def _speed(times: Sequence[float], tokens: int) -> dict[str, Any]:
 
 def ours(
     teacher: str, runtime: Mapping[str, Any], place: str, dtype: torch.dtype, options: Options,
-    *, alike: bool = False, rounds: int = 8, losses: Mapping[str, str] = SOFT,
+    *, alike: bool = False, rounds: int = 5, losses: Mapping[str, str] = SOFT,
 ) -> dict[str, Any]:  # fmt: skip
     """Steps of a spec: seconds, tokens a second, peak of memory; the teacher's forward alone where it is run."""
     gemini = runtime.get("backend") == "gemini"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 
@@ -43,7 +43,7 @@ HELD: Mapping[str, Held] = {
 OTHER = Held(4.0, 2.0, 2.0)
 """What is taken for an operator that was not counted."""
 
-TILE = {"cpu": 80 * 2**20, "cuda": 256 * 2**20}
+TILE = {"cpu": 80 * 2**20, "cuda": 160 * 2**20}
 """Bytes of a tile of logits in the fused form; one is alive for the student, and one for each teacher."""
 
 
@@ -52,6 +52,15 @@ BLOCK = {"cpu": 5 * 2**18, "cuda": 64 * 2**20}
 
 WORK = 6
 """Copies of such rows that are alive at once."""
+
+IN_KERNEL = ("kl", "reverse_kl", "jsd", "soft_cross_entropy", "cross_entropy")
+"""Losses that one kernel takes on a GPU, without such rows: one of each kind at most, from one teacher."""
+
+
+def in_kernel(ops: Sequence[str]) -> bool:
+    """Whether fused losses are taken by the kernel."""
+    hard = ops.count("cross_entropy")
+    return all(op in IN_KERNEL for op in ops) and hard <= 1 and len(ops) - hard <= 1
 
 
 LIBRARIES = {"cpu": 0, "cuda": 64 * 2**20}

@@ -217,6 +217,9 @@ class Micro:
         work = operators.WORK * min(
             operators.BLOCK["cpu" if self.shape.cpu else "cuda"], FULL * words * self.shape.tokens
         )
+        trims = any(value == "trim" for term in step.terms for _, value in term.attrs)
+        if not self.shape.cpu and not trims and operators.in_kernel([term.op for term in step.terms]):
+            work = 0
         self.ledger.mark("the fused losses", losses=tiles + rows + casts + work)
 
     def _fused_bytes(self, step: Fused) -> int:
