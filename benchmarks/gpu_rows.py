@@ -123,7 +123,7 @@ def run_part(
             found.update(written)
             waiting = [row for row in waiting if row.name not in written]
             if ended and waiting and not any("error" in entry for entry in written.values()):
-                error = f"{ended}; {_tail(log, 1)}"
+                error = ended if ended.startswith("stopped") else f"{ended}; {_tail(log, 1)}"
                 found[waiting[0].name] = {"row": waiting[0].name, "error": error, "trace": _tail(log, TRACE)}
                 del waiting[0]
             for name in written:
