@@ -117,7 +117,7 @@ def body(found: Sequence[Mapping[str, Any]]) -> str:
             lines.append(
                 [row["row"], *cells, _ratio(row, f"memory_over_liger_{loss}"), _ratio(row, f"time_over_best_{loss}")]
             )
-        head = [f"{loss}: ms, MiB", *names, "memory over Liger's least", "time over the best other's"]
+        head = [f"{loss}: ms, MiB", *names, "memory over Liger's", "time over the best other's"]
         text.append(table(head, lines))
     errors = dict.fromkeys(f"{name}: {said}" for row in good for name, said in row["failed"].items())
     if errors:
