@@ -46,6 +46,7 @@ class FusedLosses:
     def __init__(self, heads: Heads, counted: Mapping[str, Counted]) -> None:
         self._heads = heads
         self._counted = counted
+        self._copies: dict[str, str] = {}
 
     def there(self, head: HeadPlan) -> bool:
         """Whether the head is a plain linear map in memory: no adapter, no quantised weight, no hook of others."""
@@ -67,7 +68,16 @@ class FusedLosses:
                     missing = next((head.model for head in heads if not self.there(head)), group.student.model)
                     message = f"`fuse_logits = on`, and the head of `{missing}` is no plain linear map in memory"
                     raise RunError(CANNOT_RUN, message, "write `fuse_logits = auto`")
+        self._copies = {
+            step.key: dict(step.inputs)["x"] for step in plan.program if isinstance(step, Apply) and step.op == "detach"
+        }
         return fuse(plan, self.there)
+
+    def _itself(self, key: str) -> str:
+        """What a detached copy is a copy of: the same logits, whose classes are all there where a model gave them."""
+        while key in self._copies:
+            key = self._copies[key]
+        return key
 
     def run(self, step: Fused, env: Env, clock: Clock, part: FusedPart) -> None:
         """One pass over the positions that count in any of the losses."""
@@ -80,14 +90,15 @@ class FusedLosses:
         rows = None if len(picked) == len(counts) else picked
         names = {name: head for head in step.teachers for name in head.names}
         keys = [key for term in step.terms if (key := dict(term.inputs).get("teacher")) is not None]
-        # Copies that are detached are the same logits.
-        owners = {key: names[key].logits if key in names else key for key in keys}
+        owners = {key: names[key].logits if key in names else self._itself(key) for key in keys}
+        # Of logits that are given, a copy that is alive; what it is a copy of may be gone.
+        alive = {owner: key for key, owner in owners.items()}
         order = list(dict.fromkeys(owners.values()))
         by_logits = {head.logits: head for head in step.teachers}
         teachers = [
             self._teacher(by_logits[key], env, rows)
             if key in by_logits
-            else Teacher(logits=env[key].flatten(0, 1), rows=rows)
+            else Teacher(logits=env[alive[key]].flatten(0, 1), rows=rows)
             for key in order
         ]
         losses = []

@@ -18,6 +18,7 @@ from gkd_dsl.runtime.backends.base import Settings
 from gkd_dsl.runtime.backends.local import LocalBackend
 from gkd_dsl.runtime.errors import RunError
 from gkd_dsl.runtime.models.load import load
+from gkd_dsl.runtime.ops.fused_head import fused_losses
 from gkd_dsl.runtime.step import StepModule
 from gkd_dsl.schedules import Clock
 
@@ -212,6 +213,27 @@ def test_a_teacher_whose_logits_something_else_reads_stays_whole_and_the_student
     step, batch = StepModule(plan, models_of(plan)).eval(), batch_of()
     counts = step.denominators([batch], CLOCK)
     out, plain = step(batch, CLOCK, counts), step(batch, CLOCK, counts, fused=False)
+    torch.testing.assert_close(out.loss, plain.loss, rtol=1e-9, atol=1e-9)
+    for one, other in zip(gradients(step, out.loss), gradients(step, plain.loss), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize(("side", "exact"), [("t.logits", True), ("0.5 * t.logits", False)])
+def test_logits_that_a_model_gave_are_taken_to_be_finite(side, exact, tmp_path, monkeypatch):
+    """Those of a teacher whose head is not at hand, too, though the step has copies of them without gradient."""
+    (plan,) = spec_of(tmp_path, "llama", KD.replace("t.logits", side)).plan().stages
+    made = models_of(plan)
+    made["t"].lm_head.register_forward_hook(lambda module, inputs, found: found)
+    step, batch, seen = StepModule(plan, made).eval(), batch_of(), []
+
+    def spy(hidden, head, teachers, losses, **more):
+        seen.append((len(teachers), [loss.exact for loss in losses if loss.teacher is not None]))
+        return fused_losses(hidden, head, teachers, losses, **more)
+
+    monkeypatch.setattr("gkd_dsl.runtime.fused.fused_losses", spy)
+    counts = step.denominators([batch], CLOCK)
+    out, plain = step(batch, CLOCK, counts), step(batch, CLOCK, counts, fused=False)
+    assert seen == [(1, [exact, exact])]
     torch.testing.assert_close(out.loss, plain.loss, rtol=1e-9, atol=1e-9)
     for one, other in zip(gradients(step, out.loss), gradients(step, plain.loss), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-9)
