@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-VARIANTS = "[methods_variants.md](methods_variants.md)"
 _SHORT = "only {steps} of its 600 steps see labels. The student alone, trained for {other} steps, reaches {alone} %."
 _LONG = "With three times the steps of both it is {gain} points from no teacher."
 _WARM = "the temperature. With T = 1 in place of {T} it is {gain} points from no teacher. See `kd`."
@@ -23,7 +22,7 @@ REMARKS: Mapping[str, str] = {
     "kd": "the temperature, and few steps. The teacher is right on 98.87 % of the sentences that it teaches, which it "
     "was trained on, with a doubt of 0.010: at T = 1 its soft labels are the labels, and the student is +0.05 points "
     "from no teacher. At T = 4 the doubt is 0.21, and the student is to meet the teacher's logits, not its choice, "
-    "which takes longer. " + _LONG.format(gain="+0.79") + f" ({VARIANTS})",
+    "which takes longer. " + _LONG.format(gain="+0.79") + " The runs are in `methods_variants.md`.",
     "lrc_bert": "the perturbation. Every token's embedding, of length 9 in this encoder, is pushed by a vector of "
     "length 1 (`radius`) against the objective, labels included, and no step sees a clean text. Seed 2, same steps, by "
     "`radius`: 0 gives 80.1 %, 0.1 gives 80.2, 0.3 gives 76.1, 1 (the default, the reading of the paper) 49.2: "

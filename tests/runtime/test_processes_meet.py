@@ -11,6 +11,12 @@ from gkd_dsl.runtime.errors import RunError
 from gkd_dsl.runtime.processes import Processes
 
 
+@pytest.fixture(autouse=True)
+def _apart(monkeypatch):
+    """Not in a group that another test of this process made."""
+    monkeypatch.setattr(processes.dist, "is_initialized", lambda: False)
+
+
 @pytest.fixture
 def port(monkeypatch):
     """A port that something else listens at, as MASTER_PORT."""

@@ -171,3 +171,18 @@ def test_where_fusing_is_wanted_the_check_says_why_not(language):
     found = check_path(language / "on.gkd").diagnostics.errors
     assert [d.code for d in found] == ["E0433"]
     assert "the head of `t` is in Gemini's chunks" in found[0].message
+
+
+def test_what_the_first_epoch_stores_serves_the_later_ones(place):
+    """With `cache = auto` the chunks are run in the first epoch alone; what is read later is rounded as bf16 is."""
+    longer = SPEC.replace(f"for {STEPS} steps", "for 12 steps")
+    (place / "long.gkd").write_text(longer.replace("PLACEMENT", CHUNKS))
+    (place / "auto.gkd").write_text(longer.replace("PLACEMENT", CHUNKS.replace("gemini", "gemini\n    cache = auto")))
+    ran(1, place, "long.gkd", "--out", "long")
+    ran(1, place, "auto.gkd", "--out", "auto")
+    rows = len((place / "rows.csv").read_text().splitlines()) - 1
+    assert rows < 12 * 4
+    assert len(losses(place / "auto")) == 24
+    close(place / "auto", place / "long")
+    stored = list((place / "auto" / "teachers" / "t").rglob("manifest.json"))
+    assert len(stored) == 2
