@@ -24,7 +24,7 @@ quickstart: $(STAMP)
 
 test: $(DEV) $(GEMINI)
 	$(BIN)/python -m pytest -n 2
-	$(BIN)/python -m pytest -m gemini
+	$(BIN)/python -m pytest -m gemini -n 2 --dist loadfile
 
 lint: $(DEV)
 	$(BIN)/ruff check .
