@@ -131,17 +131,21 @@ class FusedLosses:
         shape = hidden.shape[:2]
         mask = mask_for(shape, ("B", "L"), env[counted.valid] if counted.valid else None, False, hidden.device)
         mask = torch.ones(shape, dtype=torch.bool, device=hidden.device) if mask is None else mask.expand(shape)
+        strange = None
         if term.op == "cross_entropy":
             labels = env[dict(term.inputs)["labels"]]
             mask = mask & (labels != -100)
-            if labels.device.type == "cpu":
+            if _can_look(labels):
                 check_labels(labels[mask], classes)
+            else:
+                # To look would be to wait: a label outside the vocabulary makes the loss NaN, which ends the run.
+                strange = mask & ((labels < 0) | (labels >= classes))
         value = mask.to(torch.float64 if hidden.dtype == torch.float64 else torch.float32)
         if counted.token_weight:
             value = torch.where(mask, env[counted.token_weight].to(value.dtype), 0.0)
         if counted.sample_weight:
             value = torch.where(mask, value * env[counted.sample_weight].to(value.dtype).unsqueeze(-1), 0.0)
-        return mask, value
+        return mask, value if strange is None else value.masked_fill(strange, float("nan"))
 
     def _head(self, head: HeadPlan) -> Head:
         module = self._heads(head.model, head.module)
@@ -151,6 +155,11 @@ class FusedLosses:
 
     def _teacher(self, head: HeadPlan, env: Env, rows: Tensor | None) -> Teacher:
         return Teacher(_picked(env[head.hidden.key].detach(), rows), self._head(head))
+
+
+def _can_look(labels: Tensor) -> bool:
+    """Whether reading labels waits for nothing."""
+    return labels.device.type == "cpu"
 
 
 def _picked(x: Tensor, rows: Tensor | None) -> Tensor:

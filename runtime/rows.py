@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -71,11 +71,6 @@ def own(value: Tensor) -> Tensor:
     """The rows of this process of a tensor that holds all: [B, ...] -> [b, ...]."""
     share = current()
     return value if share is None else value[share.rows]
-
-
-def all_whole(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of an operator that relates rows: its tensors with all rows."""
-    return {name: whole(value) if isinstance(value, Tensor) else value for name, value in values.items()}
 
 
 @contextmanager

@@ -347,3 +347,13 @@ def test_a_label_outside_the_vocabulary_is_refused_as_in_the_plain_form(tmp_path
     for fused in (True, False):
         with pytest.raises(ValueError, match=f"labels run from . to {V}, but the model has {V} classes"):
             step(batch, CLOCK, counts, fused=fused)
+
+
+def test_where_looking_at_labels_would_be_waiting_a_strange_one_makes_the_loss_nan(tmp_path, monkeypatch):
+    """As on a GPU: its loss alone, so that the step names it and updates nothing."""
+    (plan,) = spec_of(tmp_path, "llama").plan().stages
+    step, batch = StepModule(plan, models_of(plan)), batch_of()
+    batch["labels"][0, 1] = V
+    monkeypatch.setattr("gkd_dsl.runtime.fused._can_look", lambda labels: False)
+    terms = step(batch, CLOCK, step.denominators([batch], CLOCK)).terms
+    assert {name for name, value in terms.items() if value.isnan()} == {"hard"}

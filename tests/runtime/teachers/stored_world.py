@@ -18,6 +18,8 @@ from gkd_dsl.runtime.session import plan_of
 from gkd_dsl.runtime.stages import Run
 from gkd_dsl.runtime.teachers.fill import fill
 
+ALL = "soft + hid + att"
+"""The objective of all losses of the specs."""
 WORDS = [f"w{number}" for number in range(40)]
 V = len(WORDS) + 5
 

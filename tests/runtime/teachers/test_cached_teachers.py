@@ -6,6 +6,7 @@ import os
 import pytest
 import torch
 from stored_world import (
+    ALL,
     CACHED,
     CLASSIFY,
     LANGUAGE,
@@ -27,13 +28,6 @@ from gkd_dsl.runtime.models import load
 from gkd_dsl.runtime.run_folder import RunFolder
 from gkd_dsl.runtime.stages import Run
 from gkd_dsl.runtime.teachers.store import Store
-
-ALL = "soft + hid + att"
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("GKD_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
 def close(found, wanted, rtol):

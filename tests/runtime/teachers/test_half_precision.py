@@ -3,22 +3,16 @@
 import pytest
 import torch
 from safetensors.torch import load_file
-from stored_world import CACHED, CLASSIFY, LANGUAGE, cache, classifiers, decoders, placed, plan, run, spec
+from stored_world import ALL, CACHED, CLASSIFY, LANGUAGE, cache, classifiers, decoders, placed, plan, run, spec
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from gkd_dsl.runtime import stages
 from gkd_dsl.runtime.run_folder import RunFolder
 from gkd_dsl.runtime.stages import Run
 
-ALL = "soft + hid + att"
 BF16 = "precision = bf16"
 EPS = 2.0**-8
 WORLDS = {"bert": (classifiers, CLASSIFY, {"OBJECTIVE": ALL}), "llama": (decoders, LANGUAGE, {"LOSS": "kl"})}
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("GKD_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
 def path_of(folder, family, placement="", name="spec.gkd"):

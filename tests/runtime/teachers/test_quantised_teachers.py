@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from stored_world import CACHED, CLASSIFY, bert, cache, classifiers, placed, plan, run, spec
+from stored_world import ALL, CACHED, CLASSIFY, bert, cache, classifiers, placed, plan, run, spec
 from transformers import AutoModelForSequenceClassification, BertForSequenceClassification, BitsAndBytesConfig
 
 from gkd_dsl.meaning.check import check_path
@@ -17,12 +17,6 @@ INT8 = 'teacher t = hf("t") {\n  quantize = bitsandbytes(load_in_8bit = true)\n}
 NF4 = 'teacher t = hf("t") {\n  quantize = bitsandbytes(load_in_4bit = true, bnb_4bit_quant_type = nf4)\n}'
 ROWS = 'teacher t = hf("t") {\n  quantize = torchao("int8_weight_only")\n}'
 PLAIN = 'teacher t = hf("t")'
-ALL = "soft + hid + att"
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("GKD_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
 @pytest.fixture

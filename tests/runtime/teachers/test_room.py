@@ -16,11 +16,6 @@ from gkd_dsl.runtime.teachers.streamed import StreamedTeachers
 GPU = torch.device("cuda")
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("GKD_CACHE", str(tmp_path_factory.mktemp("cache")))
-
-
 @pytest.mark.parametrize("place", ["offload", "disk"])
 @pytest.mark.parametrize(("world", "text", "words"), [
     (classifiers, CLASSIFY, {"OBJECTIVE": "soft + hid"}), (decoders, LANGUAGE, {"LOSS": "kl"}),

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from stored_world import CACHED, CLASSIFY, LANGUAGE, cache, classifiers, decoders, placed, spec
+from stored_world import ALL, CACHED, CLASSIFY, LANGUAGE, cache, classifiers, decoders, placed, spec
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "backends"))
@@ -13,7 +13,6 @@ sys.path.insert(0, str(HERE.parent / "backends"))
 from ranks import started  # noqa: E402
 from stored_ranks import losses  # noqa: E402
 
-ALL = "soft + hid + att"
 # Each process draws the dropout of its own rows.
 STILL = CLASSIFY.replace(
     'random_init("s")', 'random_init("s", hidden_dropout_prob = 0.0, attention_probs_dropout_prob = 0.0)'

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 from stored_world import (
+    ALL,
     CACHED,
     CLASSIFY,
     LANGUAGE,
@@ -29,13 +30,6 @@ from gkd_dsl.planning.machine import this_machine
 from gkd_dsl.runtime.errors import RunError
 from gkd_dsl.runtime.models.load import load
 from gkd_dsl.runtime.stages import Run
-
-ALL = "soft + hid + att"
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("GKD_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
 def alone(folder, text, place="kept", placement="", name="alone.gkd", **words):

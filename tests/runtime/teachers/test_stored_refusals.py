@@ -23,11 +23,6 @@ from gkd_dsl.runtime.errors import RunError
 FEW = ("placement = cached", 'cache = "few"', "top_k = 3")
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("GKD_CACHE", str(tmp_path_factory.mktemp("cache")))
-
-
 def said(path):
     return [(d.code, d.message) for d in check_path(path).diagnostics.errors]
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from stored_world import CLASSIFY, LANGUAGE, V, classifiers, decoders, placed, run, spec
+from stored_world import ALL, CLASSIFY, LANGUAGE, V, classifiers, decoders, placed, run, spec
 from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
 
 from gkd_dsl.graph.nodes import ModelNode
@@ -20,13 +20,7 @@ from gkd_dsl.runtime.teachers.live import LiveTeachers
 from gkd_dsl.runtime.teachers.streamed import StreamedTeachers, in_host_memory
 from gkd_dsl.types import BATCH, LENGTH, Dim, TensorType
 
-ALL = "soft + hid + att"
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("GKD_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
 def streamed(folder, name, place):
