@@ -7,6 +7,7 @@ import os
 import pickle
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from functools import lru_cache
 from importlib import resources
@@ -17,6 +18,10 @@ import lark
 from lark import Lark, Token
 
 STARTS = ("file", "signature", "expr")
+
+# Lark evaluates the grammar's string literals by `ast.literal_eval`, which raises SystemError ("AST constructor
+# recursion depth mismatch") in CPython 3.11 when two threads are inside it: threads build one after the other.
+_BUILDING = threading.Lock()
 
 
 class Newlines:
@@ -52,16 +57,17 @@ def grammar_text() -> str:
 
 def build(text: str, **options: Any) -> Lark:
     """A parser from the grammar's text; `strict=True` refuses every conflict (needs `interegular`)."""
-    return Lark(
-        text,
-        parser="lalr",
-        lexer="contextual",
-        start=list(STARTS),
-        postlex=Newlines(),
-        propagate_positions=True,
-        maybe_placeholders=True,
-        **options,
-    )
+    with _BUILDING:
+        return Lark(
+            text,
+            parser="lalr",
+            lexer="contextual",
+            start=list(STARTS),
+            postlex=Newlines(),
+            propagate_positions=True,
+            maybe_placeholders=True,
+            **options,
+        )
 
 
 @lru_cache(maxsize=1)
