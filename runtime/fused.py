@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gkd_dsl.graph.passes.fuse import fuse, fusions
+from gkd_dsl.graph.passes.sparse import TOP_K
 from gkd_dsl.graph.plan import Apply, Counted, Fused, HeadPlan, StagePlan
 from gkd_dsl.runtime.errors import CANNOT_RUN, RunError
 from gkd_dsl.runtime.models.tapper import readable
@@ -16,6 +18,7 @@ from gkd_dsl.runtime.ops.common import mask_for
 from gkd_dsl.runtime.ops.divergences import check_labels
 from gkd_dsl.runtime.ops.fused_head import Head, Teacher, fused_losses
 from gkd_dsl.runtime.ops.fused_rows import RowLoss
+from gkd_dsl.runtime.ops.fused_sparse import Stored
 from gkd_dsl.runtime.program import Env, plain
 from gkd_dsl.runtime.rows import current
 from gkd_dsl.schedules import Clock
@@ -41,11 +44,15 @@ class FusedPart:
 
 
 class FusedLosses:
-    """Runs `Fused` instructions with the heads that `heads` finds. `counted` are the losses of the plan by key."""
+    """Runs `Fused` instructions with the heads that `heads` finds. `counted` are the losses of the plan by key.
 
-    def __init__(self, heads: Heads, counted: Mapping[str, Counted]) -> None:
+    `stored` are the models whose logits are read, or written, by a store: of these no head is run.
+    """
+
+    def __init__(self, heads: Heads, counted: Mapping[str, Counted], stored: Collection[str] = ()) -> None:
         self._heads = heads
         self._counted = counted
+        self._stored = stored
         self._copies: dict[str, str] = {}
 
     def there(self, head: HeadPlan) -> bool:
@@ -62,7 +69,7 @@ class FusedLosses:
         """
         if plan.fuse_logits == "on":
             found = {group.student.logits: group for group in fusions(plan, self.there)}
-            for group in fusions(plan):
+            for group in fusions(plan, lambda head: head.model not in self._stored):
                 heads = (group.student, *group.teachers)
                 if found.get(group.student.logits) != group:
                     missing = next((head.model for head in heads if not self.there(head)), group.student.model)
@@ -88,33 +95,22 @@ class FusedLosses:
         # On a GPU this is what a step waits for, once.
         picked = counts.nonzero().squeeze(-1)
         rows = None if len(picked) == len(counts) else picked
-        names = {name: head for head in step.teachers for name in head.names}
-        keys = [key for term in step.terms if (key := dict(term.inputs).get("teacher")) is not None]
-        owners = {key: names[key].logits if key in names else self._itself(key) for key in keys}
-        # Of logits that are given, a copy that is alive; what it is a copy of may be gone.
-        alive = {owner: key for key, owner in owners.items()}
-        order = list(dict.fromkeys(owners.values()))
-        by_logits = {head.logits: head for head in step.teachers}
-        teachers = [
-            self._teacher(by_logits[key], env, rows)
-            if key in by_logits
-            else Teacher(logits=env[alive[key]].flatten(0, 1), rows=rows)
-            for key in order
-        ]
+        teachers, owners = self._teachers(step, env, rows)
         losses = []
         for term in step.terms:
-            slots = dict(term.inputs)
-            teacher = owners[slots["teacher"]] if "teacher" in slots else None
+            key = _whole_teacher(term)
+            attrs = {name: plain(value, clock) for name, value in term.attrs if name not in ("dims", "causal")}
             losses.append(
                 RowLoss(
-                    term.op,
+                    term.op.removeprefix(TOP_K),
                     part.amounts.get(term.key, 0.0) / max(1, part.denominators[term.key]),
                     _picked(weights[term.key][1], rows),
-                    None if teacher is None else order.index(teacher),
-                    {name: plain(value, clock) for name, value in term.attrs if name not in ("dims", "causal")},
-                    _picked(env[slots["labels"]], rows) if term.op == "cross_entropy" else None,
+                    None if key is None else owners[key],
+                    attrs,
+                    _picked(env[dict(term.inputs)["labels"]], rows) if term.op == "cross_entropy" else None,
                     # What an operator has made of logits may exclude classes.
-                    exact=teacher is None or not teacher.startswith("op/"),
+                    exact=key is None or not self._itself(key).startswith("op/"),
+                    stored=_stored(term, attrs, env, rows) if term.op.startswith(TOP_K) else None,
                 )
             )
         total, sums = fused_losses(_picked(hidden, rows), head, teachers, losses)
@@ -124,6 +120,23 @@ class FusedLosses:
         part.totals.append(total)
         for term, value in zip(step.terms, sums, strict=True):
             part.sums[term.key] = value / max(1, part.denominators[term.key])
+
+    def _teachers(self, step: Fused, env: Env, rows: Tensor | None) -> tuple[list[Teacher], dict[str, int]]:
+        """What the losses compare with, and which of them each key of logits is."""
+        names = {name: head for head in step.teachers for name in head.names}
+        keys = [key for term in step.terms if (key := _whole_teacher(term)) is not None]
+        owners = {key: names[key].logits if key in names else self._itself(key) for key in keys}
+        # Of logits that are given, a copy that is alive; what it is a copy of may be gone.
+        alive = {owner: key for key, owner in owners.items()}
+        order = list(dict.fromkeys(owners.values()))
+        heads = {head.logits: head for head in step.teachers}
+        found = [
+            self._teacher(heads[key], env, rows)
+            if key in heads
+            else Teacher(logits=env[alive[key]].flatten(0, 1), rows=rows)
+            for key in order
+        ]
+        return found, {key: order.index(owner) for key, owner in owners.items()}
 
     def _weights(self, term: Apply, env: Env, hidden: Tensor, classes: int) -> tuple[Tensor, Tensor]:
         """Where the positions of a loss count, Bool[B, L], and what each value is multiplied with."""
@@ -155,6 +168,18 @@ class FusedLosses:
 
     def _teacher(self, head: HeadPlan, env: Env, rows: Tensor | None) -> Teacher:
         return Teacher(_picked(env[head.hidden.key].detach(), rows), self._head(head))
+
+
+def _whole_teacher(term: Apply) -> str | None:
+    """The key of the teacher's logits that a loss reads, where it reads all."""
+    return None if term.op.startswith(TOP_K) else dict(term.inputs).get("teacher")
+
+
+def _stored(term: Apply, attrs: dict[str, Any], env: Env, rows: Tensor | None) -> Stored:
+    """What a loss reads of a teacher's largest logits; takes of `attrs` what says how they are kept."""
+    slots = dict(term.inputs)
+    values, ids, tail = (_picked(env[slots[slot]], rows) for slot in ("teacher", "ids", "tail"))
+    return Stored(values, ids, tail, tuple(attrs.pop("temperatures")), attrs.pop("treatment"))
 
 
 def _can_look(labels: Tensor) -> bool:

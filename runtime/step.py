@@ -127,7 +127,7 @@ class StepModule(nn.Module):
         special = {"policy": self.policies.draw, "gradient": self.gradients.take}
         self._program = Program(plan.program, by_key, plan.forwards, special)
         self._counted = {counted.key: counted for counted in plan.counted}
-        self._fused = FusedLosses(self._head, self._counted)
+        self._fused = FusedLosses(self._head, self._counted, getattr(self.teachers, "stored", ()))
         fused_plan = self._fused.plan(plan)
         self._fused_forwards = {forward.key: forward for forward in fused_plan.forwards}
         self._fused_program = self._program

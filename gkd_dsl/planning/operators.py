@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from gkd_dsl.graph.passes.sparse import TOP_K
+
 
 @dataclass(frozen=True)
 class Held:
@@ -72,6 +74,6 @@ OVER_TOP_K = Held(7.0, 2.0, 3.0)
 
 def held(op: str) -> Held:
     """What an operator holds."""
-    if op.startswith("topk."):
+    if op.startswith(TOP_K):
         return OVER_TOP_K
     return HELD.get(op, OTHER)

@@ -2,7 +2,8 @@
 
 Gradients are closed forms. For softmaxes q of the student and p of the teacher at temperature T, per logit x:
 kl and soft_cross_entropy (q - p) / T; reverse_kl q (w - sum q w) / T with w = log q - log p; jsd the same with
-w = (1 - beta)(log q - log m); cross_entropy q - (1 - e) onehot - e / C. Others go through the operator's own gradient.
+w = (1 - beta)(log q - log m); cross_entropy q - (1 - e) onehot - e / C. Others go through the operator's own
+gradient, those over a teacher's largest logits at k + 1 classes (`fused_sparse`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gkd_dsl.runtime.ops.fused_sparse import Stored, over_stored
 from gkd_dsl.runtime.ops.registry import functions
 
 _TINY = 1e-37
@@ -32,6 +34,7 @@ class RowLoss:
     labels    Int[n], for `cross_entropy`
     exact     whether the teacher's logits are finite: else the operator itself is used, which knows what excluded
               classes are
+    stored    the teacher's largest logits in the place of all
     """
 
     op: str
@@ -41,6 +44,7 @@ class RowLoss:
     attrs: Mapping[str, Any] = field(default_factory=dict)
     labels: Tensor | None = None
     exact: bool = True
+    stored: Stored | None = None
 
     @property
     def temperature(self) -> float:
@@ -110,6 +114,12 @@ class Block:
         """Values `[r]` of a loss, and its gradient times `factor`; a row that does not count may hold anything."""
         if loss.op == "cross_entropy":
             return self._hard(loss, rows, factor, last)
+        if loss.stored is not None:
+            scaled = None if factor is None else factor * loss.times
+            value, found = over_stored(
+                loss.op, self.student, loss.stored, rows, loss.temperature, loss.attrs, scaled
+            )  # fmt: skip
+            return torch.where(loss.weight[rows] != 0.0, value, 0.0) * loss.times, found
         if loss.op not in _SOFT or not loss.exact:
             return self._by_operator(loss, factor)
         s = self.softmax(None, loss.temperature, loss.columns)

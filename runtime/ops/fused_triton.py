@@ -58,7 +58,7 @@ def job(losses: Sequence[RowLoss], teachers: int, device: torch.device) -> Job |
     kind, soft_weight, hard_weight, labels = 0, None, None, None
     if soft:
         loss = losses[soft[0]]
-        if not loss.exact or loss.columns is not None:
+        if not loss.exact or loss.columns is not None or loss.stored is not None:
             return None
         kind = _SOFT[loss.op]
         beta = float(loss.attrs.get("beta", 0.5))

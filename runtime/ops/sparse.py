@@ -15,11 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gkd_dsl.graph.passes.sparse import TOP_K
 from gkd_dsl.runtime.ops.common import full, on_rows
 from gkd_dsl.runtime.ops.registry import functions
-
-TOP_K = "topk."
-"""What the plan writes before the name of an operator whose teacher is stored so."""
 
 
 def tail_mass(logits: Tensor, ids: Tensor, temperatures: Sequence[float]) -> Tensor:
@@ -56,20 +54,28 @@ def buckets(
     classes are scaled to sum to 1. The student's last class has the mass of its others in both. [n, k] where k is all.
     """
     ids = ids.long()
-    scaled = full(student) / temperature
-    log_q = F.log_softmax(scaled, dim=-1)
-    held = full(values) / temperature
+    log_q = F.log_softmax(full(student) / temperature, dim=-1)
     others = student.shape[-1] - ids.shape[-1]
+    log_p = teacher_classes(values, tail, temperature, temperatures, others, treatment)
     if others <= 0:
-        return log_q.gather(-1, ids), F.log_softmax(held, dim=-1)
+        return log_q.gather(-1, ids), log_p
     # The sum of the others, not 1 - the sum of the stored ones, which rounds to 0 where the student is sure.
     rest = torch.logsumexp(log_q.scatter(-1, ids, float("-inf")), -1, keepdim=True)
-    q = torch.cat((log_q.gather(-1, ids), rest), -1)
+    return torch.cat((log_q.gather(-1, ids), rest), -1), log_p
+
+
+def teacher_classes(
+    values: Tensor, tail: Tensor, temperature: float, temperatures: Sequence[float], others: int, treatment: str
+) -> Tensor:
+    """The teacher's log-probabilities over its stored classes and one of the `others`: [n, k + 1], [n, k] of none."""
+    held = full(values) / temperature
+    if others <= 0:
+        return F.log_softmax(held, dim=-1)
     if treatment == "renormalise":
         last = torch.full_like(held[..., :1], float("-inf"))
     else:
         last = tail_at(full(tail), temperatures, temperature, others).unsqueeze(-1)
-    return q, F.log_softmax(torch.cat((held, last), -1), dim=-1)
+    return F.log_softmax(torch.cat((held, last), -1), dim=-1)
 
 
 def over_top_k(op: str) -> Callable[..., Tensor]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from gkd_dsl.graph.plan import ForwardPlan
 from gkd_dsl.runtime.models.interventions import Edits
 from gkd_dsl.runtime.teachers.base import TeacherSource
+from gkd_dsl.runtime.teachers.cached import CachedTeachers, FillingTeachers
 
 
 class PlacedTeachers:
@@ -16,6 +17,7 @@ class PlacedTeachers:
 
     def __init__(self, sources: Mapping[str, TeacherSource]) -> None:
         self.sources = dict(sources)
+        self.stored = frozenset(n for n, s in sources.items() if isinstance(s, CachedTeachers | FillingTeachers))
 
     def taps(
         self, forward: ForwardPlan, inputs: Mapping[str, Tensor], env: Mapping[str, Tensor], changes: Edits

@@ -32,7 +32,7 @@ KEPT = 'teacher t {\n placement = cached\n cache = "kept"\n top_k = %d\n}'
         ("teacher t { placement = disk }", [("s", "t")]),
         ("backend = gemini\n teacher t { placement = gemini }", [("s",)]),
         (KEPT % 0, [("s",)]),
-        (KEPT % 5, []),
+        (KEPT % 5, [("s",)]),
     ],
 )
 def test_heads_that_run_with_the_losses(runtime, heads, tmp_path):

@@ -11,14 +11,16 @@ from dataclasses import dataclass, replace
 
 from gkd_dsl.graph.nodes import ReplaceBlock
 from gkd_dsl.graph.passes import liveness
+from gkd_dsl.graph.passes.sparse import TOP_K
 from gkd_dsl.graph.plan import Apply, ForwardPlan, Free, Fused, HeadPlan, Instruction, Run, StagePlan, TapPlan
+from gkd_dsl.graph.stored import OVER_TOP_K
 from gkd_dsl.models.heads import linear_head
 from gkd_dsl.models.info import ModelInfo
 from gkd_dsl.models.resolve import part_modules
 from gkd_dsl.models.taps import TapPath
 from gkd_dsl.types import BATCH, LENGTH, Dim, LossType, TensorType
 
-_OVER_LOGITS = ("kl", "reverse_kl", "jsd", "tvd", "soft_cross_entropy", "cross_entropy")
+_OVER_LOGITS = ("cross_entropy", *OVER_TOP_K, *(TOP_K + op for op in OVER_TOP_K))
 
 There = Callable[[HeadPlan], bool]
 """Whether the head of a model is at hand and a plain linear map; what a plan cannot know."""

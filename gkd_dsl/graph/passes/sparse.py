@@ -12,6 +12,9 @@ from gkd_dsl.graph.plan import Apply, ForwardPlan, Free, Instruction, StagePlan,
 from gkd_dsl.graph.stored import OVER_TOP_K
 from gkd_dsl.types import Dim, TensorType
 
+TOP_K = "topk."
+"""What stands before the name of an operator whose teacher is stored so."""
+
 IDS, TAIL = ":ids", ":tail"
 """What the keys of the ids and of the mass end with; the values keep the key of the logits."""
 
@@ -64,7 +67,7 @@ def _over(step: Apply, how: TopK, known: dict[str, TopK]) -> list[Instruction]:
     key = dict(step.inputs)["teacher"]
     attrs = dict(step.attrs) | {"temperatures": how.temperatures, "treatment": how.treatment}
     inputs = (*step.inputs, ("ids", key + IDS), ("tail", key + TAIL))
-    return [replace(step, op=f"topk.{step.op}", inputs=inputs, attrs=tuple(sorted(attrs.items())))]
+    return [replace(step, op=TOP_K + step.op, inputs=inputs, attrs=tuple(sorted(attrs.items())))]
 
 
 def _types(type: object, how: TopK) -> tuple[TensorType, TensorType, TensorType]:

@@ -23,8 +23,10 @@ from stored_world import (
 )
 
 from gkd_dsl.models.errors import ModelError
+from gkd_dsl.runtime import fused
 from gkd_dsl.runtime.errors import RunError
 from gkd_dsl.runtime.models import load
+from gkd_dsl.runtime.ops.fused_head import fused_losses
 from gkd_dsl.runtime.run_folder import RunFolder
 from gkd_dsl.runtime.stages import Run
 from gkd_dsl.runtime.teachers.store import Store
@@ -119,6 +121,29 @@ def test_the_largest_logits_of_a_language_model(tmp_path, op):
     assert all(torch.isfinite(torch.tensor(step["soft"])) for step in sparse)
     if op in ("kl", "reverse_kl", "jsd"):
         assert 0 < sparse[0]["soft"] < dense[0]["soft"]
+
+
+@pytest.mark.parametrize("top_k", ["3", "0"])
+def test_losses_over_stored_logits_are_run_with_the_head(tmp_path, top_k, monkeypatch):
+    passes = []
+
+    def seen(*args, **options):
+        passes.append(1)
+        return fused_losses(*args, **options)
+
+    monkeypatch.setattr(fused, "fused_losses", seen)
+    folder = decoders(tmp_path)
+    there = placed("placement = cached", 'cache = "few"', f"top_k = {top_k}")
+    found = {}
+    for how in ("off", "auto", "on"):
+        path = spec(folder, LANGUAGE, f"{there}\n  fuse_logits = {how}", LOSS="kl")
+        if not found:
+            cache(path)
+        found[how] = run(path).steps
+        assert len(passes) == (0 if how == "off" else len(found[how]))
+        passes.clear()
+    close(found["auto"], found["off"], 1e-5)
+    close(found["on"], found["auto"], 0.0)
 
 
 def test_top_k_of_the_command_line_is_what_a_run_reads(tmp_path):
