@@ -267,9 +267,9 @@ def _shape(text: str) -> tuple[int, int, int]:
     return tokens, vocabulary, width
 
 
-def in_process(*words: str) -> dict[str, Any] | None:
-    """What this script prints when it is started for one measurement; None where memory runs out."""
-    done = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True)
+def in_process(*words: str, script: str = __file__) -> dict[str, Any] | None:
+    """What a script prints when it is started for one measurement; None where memory runs out."""
+    done = subprocess.run([sys.executable, script, *words], capture_output=True, text=True)
     if done.returncode:
         print(done.stderr[-2000:], file=sys.stderr)
         return None

@@ -6,7 +6,6 @@ python ranks.py OUT ROWS BACKEND METHOD...   under RANK and WORLD_SIZE
 import json
 import os
 import socket
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parents[1] / "methods")]
 
 from cases import CASES, full_args  # noqa: E402
+from forked import LIBRARIES, Forked  # noqa: E402
 from harness import batch_of, errors, spec, spec_plan, use  # noqa: E402
 
 from gkd_dsl.runtime.stages import Run  # noqa: E402
@@ -93,14 +93,15 @@ def takes_gradients(name):
     return any(getattr(item, "op", None) == "gradient" for stage in plan.stages for item in stage.program)
 
 
-def started(count, script, *arguments, **more):
-    """A script as so many processes that find each other; torchrun's variables."""
+def started(count, script, *arguments, modules=LIBRARIES, **more):
+    """A script as so many processes that find each other; torchrun's variables. `modules` are there at its start."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     return [
-        subprocess.Popen(
-            [sys.executable, str(script), *map(str, arguments)],
+        Forked(
+            modules,
+            [str(script), *map(str, arguments)],
             env={**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count),
                  "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"},
             **more,

@@ -11,6 +11,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from forked import GEMINI
 from ranks import CASES, HERE, losses, started, takes_gradients
 from safetensors.torch import load_file
 
@@ -50,7 +51,7 @@ runtime {{
 
 
 def ran(count, script, *words, **more):
-    processes = started(count, script, *words, **more)
+    processes = started(count, script, *words, modules=GEMINI, **more)
     assert [process.wait(300) for process in processes] == [0] * count
 
 
@@ -132,7 +133,9 @@ def test_the_run_and_the_export_are_those_of_the_local_backend(place):
 @pytest.mark.parametrize(("spec", "before", "after"), [("a", 2, 1), ("kept", 2, 1), ("a", 1, 2)])
 def test_stopped_it_goes_on_in_another_number(place, spec, before, after):
     run = place / f"stopped-{spec}-{before}"
-    processes = started(before, HERE / "gemini_run.py", "run", f"{spec}.gkd", "--offline", "--out", run.name, cwd=place)
+    processes = started(
+        before, HERE / "gemini_run.py", "run", f"{spec}.gkd", "--offline", "--out", run.name, cwd=place, modules=GEMINI
+    )
     until = time.monotonic() + 120
     while not (run / "metrics.jsonl").is_file() or len(steps(run)) < 3:
         assert all(process.poll() is None for process in processes)
@@ -150,7 +153,7 @@ def test_killed_in_the_middle_of_a_step(place, killed):
     """The other process ends at once and says so; the last checkpoint is whole, and the run goes on from it."""
     run = place / f"killed-{killed}"
     words = ("run", "a.gkd", "--offline", "--out", run.name)
-    more = {"cwd": place, "stderr": subprocess.PIPE, "text": True}
+    more = {"cwd": place, "stderr": subprocess.PIPE, "modules": GEMINI}
     processes = started(2, HERE / "gemini_killed.py", str(killed), "4", *words, **more)
     processes[killed].communicate(timeout=120)
     assert processes[killed].returncode == -signal.SIGKILL

@@ -6,6 +6,7 @@ import subprocess
 import numpy as np
 import pytest
 import torch
+from forked import GEMINI
 from ranks import HERE, started
 from safetensors.torch import load_file
 from small_folders import write
@@ -64,7 +65,7 @@ def place(tmp_path_factory):
 
 def gkd(count, folder, name, *words, out=None, script=("gemini_run.py",), **more):
     words = (*script[1:], "run", f"{name}.gkd", "--offline", "--out", out or name, *words)
-    return started(count, HERE / script[0], *words, cwd=folder, **more)
+    return started(count, HERE / script[0], *words, cwd=folder, modules=GEMINI, **more)
 
 
 def ran(count, folder, name, *words, out=None):
@@ -117,7 +118,7 @@ def test_nothing_is_updated_where_all_are_skipped(place):
 
 
 def test_at_the_least_scale_the_run_ends(place):
-    (process,) = gkd(1, place, "least", stderr=subprocess.PIPE, text=True)
+    (process,) = gkd(1, place, "least", stderr=subprocess.PIPE)
     _, said = process.communicate(timeout=200)
     assert process.returncode == 1
     assert "E0802" in said

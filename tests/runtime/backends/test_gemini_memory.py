@@ -4,6 +4,7 @@ import re
 import subprocess
 
 import pytest
+from forked import GEMINI
 from ranks import HERE, started
 from small_folders import write
 
@@ -32,7 +33,7 @@ def test_a_step_that_finds_no_memory(tmp_path):
     (tmp_path / "a.gkd").write_text(SPEC)
     process, *_ = started(
         1, HERE / "gemini_full.py", "run", "a.gkd", "--offline", "--out", "run", cwd=tmp_path,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, modules=GEMINI,
     )  # fmt: skip
     said = " ".join(process.communicate(timeout=300)[0].split())
     assert process.returncode

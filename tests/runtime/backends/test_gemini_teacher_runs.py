@@ -6,6 +6,7 @@ import time
 
 import numpy as np
 import pytest
+from forked import GEMINI
 from ranks import HERE, started
 from safetensors import safe_open
 from small_folders import write, write_decoders
@@ -70,7 +71,7 @@ CHUNKS = "teacher t {\n    placement = gemini\n  }"
 
 
 def gkd(count, folder, *words, **more):
-    return started(count, HERE / "gemini_run.py", "run", *words, "--offline", cwd=folder, **more)
+    return started(count, HERE / "gemini_run.py", "run", *words, "--offline", cwd=folder, modules=GEMINI, **more)
 
 
 def ran(count, folder, *words):

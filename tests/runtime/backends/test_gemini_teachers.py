@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from chunk_taps import FAMILIES, KINDS
+from forked import GEMINI
 from ranks import HERE, started
 from transformers import (
     BertConfig,
@@ -48,7 +49,7 @@ def found(tmp_path_factory):
     write(folder)
     seen = {}
     for count in COUNTS:
-        processes = started(count, HERE / "chunk_taps.py", folder / str(count), folder)
+        processes = started(count, HERE / "chunk_taps.py", folder / str(count), folder, modules=GEMINI)
         assert [process.wait(300) for process in processes] == [0] * count
         seen[count] = [json.loads((folder / f"{count}.{rank}").read_text()) for rank in range(count)]
     return seen
