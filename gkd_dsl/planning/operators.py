@@ -45,13 +45,6 @@ HELD: Mapping[str, Held] = {
 OTHER = Held(4.0, 2.0, 2.0)
 """What is taken for an operator that was not counted."""
 
-TILE = {"cpu": 80 * 2**20, "cuda": 160 * 2**20}
-"""Bytes of a tile of logits in the fused form; one is alive for the student, and one for each teacher."""
-
-
-BLOCK = {"cpu": 5 * 2**18, "cuda": 64 * 2**20}
-"""Bytes of the rows that its elementwise work takes at a time."""
-
 WORK = 6
 """Copies of such rows that are alive at once."""
 

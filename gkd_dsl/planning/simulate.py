@@ -13,6 +13,7 @@ from gkd_dsl.planning import blocks, operators, parameters
 from gkd_dsl.planning.blocks import FULL, Shape
 from gkd_dsl.planning.layout import Placed, Setup, Trained
 from gkd_dsl.planning.ledger import Ledger
+from gkd_dsl.tiles import BLOCK_BYTES, rows_of_tile, size_on
 
 _EARLY = ("attn.q", "attn.k", "attn.v", "attn.scores", "attn.probs")
 """Taps at which a block has only made its query, key and value."""
@@ -207,20 +208,19 @@ class Micro:
         self._saved.append(step)
         self.ledger.add("losses", self._fused_bytes(step))
         heads = [self.models[head.model].node.info for head in (step.student, *step.teachers)]
-        tile = operators.TILE["cpu" if self.shape.cpu else "cuda"]
+        device = "cpu" if self.shape.cpu else "cuda"
         words = heads[0].size("V") or 1
-        tiles = len(heads) * min(tile, words * self.shape.tokens * self.shape.element)
+        at_once = rows_of_tile(self.shape.tokens, words, self.shape.element, device)
+        logits = len(heads) * words * at_once * self.shape.element
         rows = sum(self.shape.tokens * (info.size("H") or 1) * self.shape.element for info in heads)
         cast = [self.models[head.model] for head in (step.student, *step.teachers)] if self.setup.half else []
         cast = [model for model in cast if model.placed.where != "gemini" and not self._is_half(model)]
         casts = sum(2 * (m.node.info.size("V") or 1) * (m.node.info.size("H") or 1) for m in cast)
-        work = operators.WORK * min(
-            operators.BLOCK["cpu" if self.shape.cpu else "cuda"], FULL * words * self.shape.tokens
-        )
+        work = operators.WORK * min(size_on(BLOCK_BYTES, device), FULL * words * self.shape.tokens)
         trims = any(value == "trim" for term in step.terms for _, value in term.attrs)
         if not self.shape.cpu and not trims and operators.in_kernel([term.op for term in step.terms]):
             work = 0
-        self.ledger.mark("the fused losses", losses=tiles + rows + casts + work)
+        self.ledger.mark("the fused losses", losses=logits + rows + casts + work)
 
     def _fused_bytes(self, step: Fused) -> int:
         """Bytes of the gradients of the head's weight and of what it is given."""

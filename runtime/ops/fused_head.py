@@ -10,7 +10,6 @@ there is a GPU and Triton and it knows the losses (`fused_triton`), else that of
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -23,15 +22,9 @@ import torch
 from torch import Tensor
 
 from gkd_dsl.runtime.ops.fused_rows import Block, RowLoss, logits_of
+from gkd_dsl.tiles import BLOCK_BYTES, TILE_BYTES, rows_of_tile, size_on
 
 log = logging.getLogger("gkd_dsl")
-
-TILE_BYTES = {"cpu": 80 * 2**20, "cuda": 160 * 2**20}
-"""The size of a tile: on the CPU little beside the gradient of a large head, on a GPU enough to fill it."""
-TILE_STEP = 128
-"""On a GPU tiles have a multiple of these rows: what its matrix products take at a time."""
-BLOCK_BYTES = {"cpu": 5 * 2**18, "cuda": 64 * 2**20}
-"""The size of the rows that the elementwise work takes at a time: on the CPU what the cache holds."""
 
 
 @dataclass(frozen=True)
@@ -120,11 +113,9 @@ class _Fused(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         needs_x, needs_w, needs_b = (grad and needed for needed in ctx.needs_input_grad[:3])
         work = _Work(hidden, weight, bias, head, teachers, losses, dtype, (needs_x, needs_w, needs_b))
-        rows = (
-            tile_rows
-            if tile_rows is not None
-            else _tile_rows(hidden.shape[0], weight.shape[0], work.dtype, hidden.device)
-        )
+        rows = tile_rows or rows_of_tile(
+            hidden.shape[0], weight.shape[0], work.dtype.itemsize, hidden.device.type
+        )  # fmt: skip
         for start in range(0, hidden.shape[0], rows):
             work.tile(start, min(start + rows, hidden.shape[0]), rows)
         sums = work.summed()
@@ -260,7 +251,7 @@ class _Work:
     def _rows(self, start: int, student: Tensor, taught: list[Tensor]) -> None:
         """Sums of the losses, and the gradient in the place of the student's logits, by blocks that a cache holds."""
         widest = max(x.shape[1] for x in (student, *taught))
-        size = max(1, _of(BLOCK_BYTES, student.device) // (widest * self.soft.itemsize))
+        size = max(1, size_on(BLOCK_BYTES, student.device.type) // (widest * self.soft.itemsize))
         if student.device.type == "cpu":
             # Softmax runs one row a thread.
             threads = torch.get_num_threads()
@@ -293,7 +284,7 @@ class _Work:
         place = self.tiles[1].flatten() if len(self.tiles) > 1 and self.tiles[1].dtype == self.dtype else None
         if place is None or place.numel() < width:
             place = x.new_empty(
-                min(words, max(1, _of(TILE_BYTES, x.device) // (4 * width * self.own.itemsize))) * width
+                min(words, max(1, size_on(TILE_BYTES, x.device.type) // (4 * width * self.own.itemsize))) * width
             )
         step = min(words, place.numel() // width)
         for first in range(0, words, step):
@@ -346,21 +337,6 @@ def _cast(teacher: Teacher, dtype: torch.dtype | None) -> tuple[Tensor, Tensor, 
         return None
     dtype = dtype or teacher.head.weight.dtype
     return teacher.hidden.to(dtype), teacher.head.weight.to(dtype), _to(teacher.head.bias, dtype)
-
-
-def _of(table: dict[str, int], device: torch.device) -> int:
-    return table.get(device.type, table["cuda"])
-
-
-def _tile_rows(rows: int, vocabulary: int, dtype: torch.dtype, device: torch.device) -> int:
-    """How many rows a tile has: all tiles about equal."""
-    if not rows:
-        return 1
-    step = 1 if device.type == "cpu" else TILE_STEP
-    most = max(step, _of(TILE_BYTES, device) // (vocabulary * dtype.itemsize) // step * step)
-    if rows <= most:
-        return rows
-    return math.ceil(rows / math.ceil(rows / most) / step) * step
 
 
 KERNEL_DEVICES = {"cuda"}

@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gkd_dsl.runtime.ops import fused_head
 from gkd_dsl.runtime.ops.fused_head import Head, Teacher, fused_losses
 from gkd_dsl.runtime.ops.fused_rows import RowLoss
+from gkd_dsl.tiles import BLOCK_BYTES, TILE_BYTES
 
 N, H, V = 11, 5, 13
 
@@ -136,7 +136,7 @@ def test_the_order_of_losses_that_share_a_softmax_does_not_matter(order):
 
 
 def test_blocks_of_rows_inside_a_tile(monkeypatch):
-    monkeypatch.setitem(fused_head.BLOCK_BYTES, "cpu", 8 * V)
+    monkeypatch.setitem(BLOCK_BYTES, "cpu", 8 * V)
     compare([row_loss("kl", 1.0, 1), row_loss("cross_entropy", 0.5, 1)], side(1), tile_rows=8)
 
 
@@ -246,7 +246,7 @@ def test_extreme_logits_stay_finite_in_fp32():
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_bf16_products_as_autocast_makes_them(bias, monkeypatch):
-    monkeypatch.setitem(fused_head.TILE_BYTES, "cpu", 256)
+    monkeypatch.setitem(TILE_BYTES, "cpu", 256)
     hidden, head = side(1, dtype=torch.float32, bias=bias)
     wanted = [x.requires_grad_() for x in (hidden, head.weight, head.bias) if x is not None]
     source = side(5, 4, dtype=torch.float32)
@@ -273,24 +273,6 @@ def test_a_teacher_in_bf16_has_its_logits_in_bf16():
     expected = by_hand(loss, whole(hidden, head), whole(*source).float()).sum()
     torch.testing.assert_close(total, expected)
     torch.testing.assert_close(*(torch.autograd.grad(x, [hidden])[0] for x in (total, expected)))
-
-
-def test_tiles_on_a_gpu_are_about_equal_and_have_multiples_of_128_rows():
-    gpu = torch.device("cuda")
-
-    def tiles(rows, vocabulary=151936, dtype=torch.bfloat16):
-        size = fused_head._tile_rows(rows, vocabulary, dtype, gpu)
-        assert rows <= size or size % 128 == 0
-        assert size == 128 or size * vocabulary * dtype.itemsize <= fused_head.TILE_BYTES["cuda"]
-        return [min(size, rows - start) for start in range(0, rows, size)]
-
-    assert tiles(500) == [500]
-    assert tiles(1000) == [512, 488]
-    assert tiles(1024) == [512, 512]
-    assert tiles(1048) == [384, 384, 280]
-    assert tiles(1024, dtype=torch.float32) == [256] * 4
-    assert tiles(300, 2**22) == [128, 128, 44]
-    assert tiles(0) == []
 
 
 @pytest.mark.parametrize(("autocast", "scale"), [(True, 1e-7), (False, 1e-5)])

@@ -9,6 +9,7 @@ from gkd_dsl.runtime.ops.fused_head import Head, Teacher, fused_losses
 from gkd_dsl.runtime.ops.fused_rows import RowLoss
 from gkd_dsl.runtime.ops.fused_sparse import Stored
 from gkd_dsl.runtime.ops.sparse import over_top_k, tail_mass
+from gkd_dsl.tiles import BLOCK_BYTES, TILE_BYTES
 
 N, H, V = 9, 4, 17
 OPS = ("kl", "reverse_kl", "jsd", "tvd", "soft_cross_entropy")
@@ -115,8 +116,8 @@ def test_what_is_stored_of_a_row_that_does_not_count_is_not_looked_at(op):
 
 
 def test_no_tensor_of_all_logits_is_made(monkeypatch):
-    monkeypatch.setitem(fused_head.TILE_BYTES, "cpu", 8 * 4096 * 4)
-    monkeypatch.setitem(fused_head.BLOCK_BYTES, "cpu", 2 * 4096 * 4)
+    monkeypatch.setitem(TILE_BYTES, "cpu", 8 * 4096 * 4)
+    monkeypatch.setitem(BLOCK_BYTES, "cpu", 2 * 4096 * 4)
     hidden, weight = drawn(64, H, dtype=torch.float32).requires_grad_(), torch.ones(64)
     head = Head(drawn(4096, H, dtype=torch.float32), None)
     loss = RowLoss("kl", 1.0, weight, stored=kept(drawn(64, 4096, seed=5, dtype=torch.float32), 8))
