@@ -151,7 +151,12 @@ def main() -> None:
         "repeats": f"{turns} processes of each, {rounds} timed runs in each, every one beside the bare products",
         "agreement": f"{gap:.0e}",
     }
-    data = {"agreement": gap, "runs": {"/".join(key): runs for key, runs in found.items()}}
+    data = {
+        "agreement": gap,
+        "shape": shape,
+        "top_k": options.top_k,
+        "runs": {"/".join(key): runs for key, runs in found.items()},
+    }
     title = "Losses over stored logits, the student's never whole"
     report("fused_stored", options.out, title, settings, body, data, quick=options.quick)
 

@@ -274,23 +274,25 @@ def measured_plans() -> str:
 
 
 def measured_fused() -> str:
-    """Memory and time of fused losses beside the plain form, from the benchmark."""
-    data = json.loads((RESULTS / "fused_logits.json").read_text(encoding="utf-8"))
+    """Memory and time of fused losses beside the plain form, from the benchmarks."""
     lines = [
         "| tokens, vocabulary, width | loss | plain | fused | memory | time |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    for found in data["data"]["shapes"]:
-        tokens, vocabulary, width = found["shape"]
+    whole = json.loads((RESULTS / "fused_logits.json").read_text(encoding="utf-8"))["data"]
+    stored = json.loads((RESULTS / "fused_stored.json").read_text(encoding="utf-8"))["data"]
+    shapes = [(found["shape"], found["runs"], "naive", "") for found in whole["shapes"]]
+    shapes.append((stored["shape"], stored["runs"], "plain", f", {stored['top_k']} logits stored"))
+    for (tokens, vocabulary, width), runs, other, words in shapes:
         for loss in ("kl", "jsd"):
-            plain, ours = (found["runs"].get(f"{who}/{loss}") for who in ("naive", "ours"))
+            plain, ours = (runs.get(f"{who}/{loss}") for who in (other, "ours"))
             if not plain or not ours:
                 continue
             peaks = [max(run["peak"] for run in runs) for runs in (plain, ours)]
             times = [_middle([t for run in runs for t in run["times"]]) for runs in (plain, ours)]
             lines.append(
-                f"| {tokens:,}, {vocabulary:,}, {width:,} | `{loss}` | {in_bytes(peaks[0])} | {in_bytes(peaks[1])} "
-                f"| {peaks[1] / peaks[0]:.2f} | {times[1] / times[0]:.2f} |"
+                f"| {tokens:,}, {vocabulary:,}, {width:,} | `{loss}`{words} | {in_bytes(peaks[0])} "
+                f"| {in_bytes(peaks[1])} | {peaks[1] / peaks[0]:.2f} | {times[1] / times[0]:.2f} |"
             )
     return "\n".join(lines)
 
