@@ -46,7 +46,17 @@ OTHER = Held(4.0, 2.0, 2.0)
 """What is taken for an operator that was not counted."""
 
 WORK = 6
-"""Copies of such rows that are alive at once."""
+"""Copies of the rows that fused losses take at a time that are alive at once, in fp32."""
+OVER_STORED = 3
+"""Those of losses over a teacher's stored logits; two more beside labels."""
+
+
+def copies(ops: Sequence[str]) -> int:
+    """How many copies of the rows that they take at a time fused losses hold."""
+    if not all(op.startswith(TOP_K) or op == "cross_entropy" for op in ops):
+        return WORK
+    return OVER_STORED + 2 * ("cross_entropy" in ops)
+
 
 IN_KERNEL = ("kl", "reverse_kl", "jsd", "soft_cross_entropy", "cross_entropy")
 """Losses that one kernel takes on a GPU, without such rows: one of each kind at most, from one teacher."""

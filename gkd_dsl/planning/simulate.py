@@ -216,9 +216,10 @@ class Micro:
         cast = [self.models[head.model] for head in (step.student, *step.teachers)] if self.setup.half else []
         cast = [model for model in cast if model.placed.where != "gemini" and not self._is_half(model)]
         casts = sum(2 * (m.node.info.size("V") or 1) * (m.node.info.size("H") or 1) for m in cast)
-        work = operators.WORK * min(size_on(BLOCK_BYTES, device), FULL * words * self.shape.tokens)
+        ops = [term.op for term in step.terms]
+        work = operators.copies(ops) * min(size_on(BLOCK_BYTES, device), FULL * words * self.shape.tokens)
         trims = any(value == "trim" for term in step.terms for _, value in term.attrs)
-        if not self.shape.cpu and not trims and operators.in_kernel([term.op for term in step.terms]):
+        if not self.shape.cpu and not trims and operators.in_kernel(ops):
             work = 0
         self.ledger.mark("the fused losses", losses=logits + rows + casts + work)
 
