@@ -194,11 +194,16 @@ class Matthews(_Classes):
 
 def pearson(x: np.ndarray, y: np.ndarray) -> float:
     """Linear correlation of two series; NaN where one is constant or shorter than two."""
-    if len(x) < 2:
+    if not (_varies(x) and _varies(y)):
         return math.nan
     x, y = x - x.mean(), y - y.mean()
     spread = math.sqrt(float(x @ x)) * math.sqrt(float(y @ y))
     return float(np.clip((x @ y) / spread, -1.0, 1.0)) if spread > 0 else math.nan
+
+
+def _varies(x: np.ndarray) -> bool:
+    """Whether two of the numbers differ; around a mean that is rounded, equal ones would."""
+    return len(x) > 1 and bool(x.min() != x.max())
 
 
 def ranks(x: np.ndarray) -> np.ndarray:
@@ -264,7 +269,7 @@ class R2(_Series):
     def compute(self) -> float:
         """At most 1."""
         x, y = self.series()
-        total = float(((y - y.mean()) ** 2).sum()) if len(y) > 1 else 0.0
+        total = float(((y - y.mean()) ** 2).sum()) if _varies(y) else 0.0
         return 1.0 - float(((y - x) ** 2).sum()) / total if total > 0 else math.nan
 
 

@@ -79,6 +79,25 @@ def test_positions_without_a_label_or_outside_the_mask_do_not_count():
     assert fed("agreement", [{"student": student, "teacher": other, "valid": valid}]) == pytest.approx(3 / 5)
 
 
+@pytest.mark.parametrize("name", ["f1", "matthews"])
+def test_classes_of_what_does_not_count_are_left_out(name):
+    student = logits_for([[0, 1, 2], [3, 3, 1]])
+    labels = torch.tensor([[0, 2, -100], [3, 1, 1]])
+    valid = torch.tensor([[True, True, True], [True, False, True]])
+    kept = [{"student": logits_for([0, 1, 3, 1]), "labels": torch.tensor([0, 2, 3, 1])}]
+    assert fed(name, [{"student": student, "labels": labels, "valid": valid}]) == pytest.approx(fed(name, kept))
+    assert fed(name, [{"student": student, "labels": labels}]) != pytest.approx(fed(name, kept))
+
+
+@pytest.mark.parametrize("name", ["pearson", "spearman", "r2"])
+def test_numbers_of_what_does_not_count_are_left_out(name):
+    batch = {"student": randn(9)[:, None], "labels": randn(9, seed=1)}
+    valid = torch.arange(9) % 4 != 1
+    kept = {key: value[valid] for key, value in batch.items()}
+    assert fed(name, [{**batch, "valid": valid}]) == fed(name, [kept])
+    assert fed(name, [batch]) != pytest.approx(fed(name, [kept]))
+
+
 def test_the_mean_loss_is_that_of_the_whole_set_not_of_its_batches():
     values = torch.tensor([[1.0, 2.0, 9.0], [4.0, 9.0, 9.0]])
     valid = torch.tensor([[True, True, False], [True, False, False]])
@@ -117,6 +136,17 @@ def test_a_constant_series_has_no_correlation():
     assert math.isnan(fed("pearson", batches))
     assert math.isnan(fed("spearman", batches))
     assert math.isnan(fed("r2", in_batches(student=torch.arange(5), labels=torch.ones(5))))
+
+
+@pytest.mark.parametrize("number", [0.1, 0.3, 1e-3, 1234.567])
+@pytest.mark.parametrize("many", [3, 5, 6, 7, 1000])
+def test_a_constant_whose_mean_is_rounded_is_still_constant(number, many):
+    """A model that says the same of every text has no correlation, and not that of the rounding."""
+    constant, other = torch.full((many,), number, dtype=torch.float64), randn(many).double()
+    for name in ("pearson", "spearman", "r2"):
+        for size in (many, 2):
+            assert math.isnan(fed(name, in_batches(size, student=other, labels=constant)))
+            assert name == "r2" or math.isnan(fed(name, in_batches(size, student=constant, labels=other)))
 
 
 def test_r2_of_the_best_line_is_the_squared_correlation():
