@@ -11,6 +11,9 @@ each row, and rows that fail stay in it. With `--device cpu --quick` all parts r
 nothing.
 
   python benchmarks/gpu.py --parts 1,2,3,4,5 --minutes 9
+
+Where a machine is lent for less, `--resume` goes on with the result files of an earlier run on one like it: rows that
+are there stay, with their date and what they are held against, and the others are measured.
 """
 
 from __future__ import annotations
@@ -26,10 +29,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common import parser, report
-from gpu_rows import PARTS, Options, run_part, work
+from common import parser, report, versions
+from gpu_rows import PARTS, Options, kept, run_part, work
 
 TITLE = "Measured where there is a GPU"
+LIBRARIES = ("torch", "transformers", "triton", "colossalai", "trl", "liger-kernel")
+"""Other versions of these are another measurement."""
 
 
 def main() -> None:
@@ -37,6 +42,8 @@ def main() -> None:
     options_.add_argument("--parts", default="1,2,3,4,5", help="which, with commas")
     options_.add_argument("--minutes", type=float, default=9.0, help="the most that a part takes")
     options_.add_argument("--total", type=float, help="the most that all take; time that is left goes to the next part")
+    options_.add_argument("--resume", action="store_true", help="measure what the result files lack")
+    options_.add_argument("--again", default="", help="with --resume: parts of names of rows to measure again, with ;")
     options_.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     options_.add_argument("--seed", type=int, default=0)
     options_.add_argument("--worker", nargs=2, metavar=("PART", "FILE"), help=argparse.SUPPRESS)
@@ -62,17 +69,38 @@ def main() -> None:
                 write(part, found, options, given.out, quiet=True)
 
             start = time.monotonic()
+            earlier = before(part, options, given.out, given.again) if given.resume else {}
             try:
-                run_part(part, options, start + allowed, Path(place), done)
+                run_part(part, options, start + allowed, Path(place), done, earlier)
             except Exception as error:
                 done([{"row": "all", "error": f"{type(error).__name__}: {error}"}])
             write(part, found, options, given.out)
             print(f"part {part} took {time.monotonic() - start:.0f} s", flush=True)
 
 
+def before(part: int, options: Options, out: Path, again: str) -> dict[str, dict[str, Any]]:
+    """The rows of an earlier result file that stay. Raises SystemExit where it is of another machine."""
+    path = out / f"{stem(part, options)}{'-quick' if options.quick else ''}.json"
+    if not path.is_file():
+        return {}
+    record = json.loads(path.read_text(encoding="utf-8"))
+    there, here = record["versions"], versions()
+    # Of the device its name and its memory: a driver may be another.
+    pairs = [("device", *(", ".join(x.split(", ")[:2]) for x in (record["settings"]["device"], hardware(options))))]
+    pairs += [(name, str(there.get(name)), str(here.get(name))) for name in LIBRARIES]
+    differs = [f"{name} was {one}, and is {other}" for name, one, other in pairs if one != other]
+    if differs:
+        raise SystemExit(f"{path.name} is of another machine: {'; '.join(differs)}. Give --out another folder.")
+    return kept(part, options, record, [words for words in again.split(";") if words])
+
+
+def stem(part: int, options: Options) -> str:
+    """The name of a part's result files."""
+    return PARTS[part] if options.device == "cuda" else f"{PARTS[part]}-cpu"
+
+
 def write(part: int, rows: Sequence[Mapping[str, Any]], options: Options, out: Path, *, quiet: bool = False) -> None:
     """The result of a part as it stands: `gpu_losses.md` and `.json`, and so on; `gpu_losses-cpu` without a GPU."""
-    stem = PARTS[part] if options.device == "cuda" else f"{PARTS[part]}-cpu"
     body = importlib.import_module(PARTS[part]).body(rows)
     failed = [row for row in rows if "error" in row]
     if failed:
@@ -83,7 +111,11 @@ def write(part: int, rows: Sequence[Mapping[str, Any]], options: Options, out: P
         + (", miniature: a smoke run, not a measurement" if options.quick else "; batches of random tokens"),
         "seed": options.seed,
     }
-    report(stem, out, TITLE, settings, body, list(rows), quick=options.quick, quiet=quiet)
+    earlier = [row for row in rows if row.get("kept")]
+    if earlier:
+        dates = sorted({row["date"] for row in earlier})
+        settings["rows of earlier runs"] = f"{', '.join(dates)}: " + "; ".join(row["row"] for row in earlier)
+    report(stem(part, options), out, TITLE, settings, body, list(rows), quick=options.quick, quiet=quiet)
 
 
 def hardware(options: Options) -> str:

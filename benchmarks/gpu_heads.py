@@ -28,7 +28,7 @@ def rows(options: Options) -> list[Row]:
     else:
         shapes = [*((length, 151936, 2048) for length in LENGTHS), *OTHERS]
     return [
-        Row("agreement", agreement, "agreement", 90.0),
+        Row("agreement", agreement, "agreement", 90.0, base=True),
         *(Row(_name(shape), partial(heads, shape), f"{shape[1]}x{shape[2]}", 120.0) for shape in shapes),
     ]
 

@@ -43,7 +43,7 @@ OWN_KERNELS = "gemini, static, ColossalAI's own kernels"
 
 def rows(options: Options) -> list[Row]:
     """The reference first; those of Gemini in a process of their own."""
-    found = [Row(REFERENCE, partial(run, REFERENCE, BF16, {}), "plain")]
+    found = [Row(REFERENCE, partial(run, REFERENCE, BF16, {}), "plain", base=True)]
     for name, (runtime, placement) in WAYS.items():
         gemini = runtime.get("backend") == "gemini"
         if runtime.get("placement_policy") == "auto" and not options.cuda:

@@ -20,6 +20,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,8 @@ class Options:
 class Row:
     """A measurement. Rows of one group follow each other in one process; `seconds` is the most that this one takes.
 
-    `env` is added to the environment of the process; all rows of a group have the same.
+    `env` is added to the environment of the process; all rows of a group have the same. A `base` is what other rows are
+    held against, and is measured in every run.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Row:
     group: str = ""
     seconds: float = 120.0
     env: Mapping[str, str] = field(default_factory=dict)
+    base: bool = False
 
 
 def rows_of(part: int, options: Options) -> list[Row]:
@@ -87,7 +90,7 @@ def work(part: int, names: Sequence[str], options: Options, out: Path) -> None:
         except BaseException as error:
             failed = True
             found = {"error": _said(error), "trace": traceback.format_exc().splitlines()[-TRACE:]}
-        found = {"row": name, **found, "wall_seconds": time.perf_counter() - began}
+        found = {"row": name, **found, "wall_seconds": time.perf_counter() - began, "date": date.today().isoformat()}
         with out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(found, default=str) + "\n")
         if failed:
@@ -97,12 +100,39 @@ def work(part: int, names: Sequence[str], options: Options, out: Path) -> None:
     os._exit(0)
 
 
+def kept(part: int, options: Options, before: Mapping[str, Any], again: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The rows of an earlier result that need not be measured again, each with the `base` that it is held against.
+
+    `again` are parts of the names of rows that are measured again all the same.
+    """
+    rows = {row.name: row for row in rows_of(part, options)}
+    good = {entry["row"]: entry for entry in before["data"] if "error" not in entry and entry["row"] in rows}
+    base = next((entry for name, entry in good.items() if rows[name].base), None)
+    found = {}
+    for name, entry in good.items():
+        if rows[name].base or any(words in name for words in again):
+            continue
+        found[name] = {"date": before["machine"]["date"], "base": base, **entry, "kept": True}
+    if base is not None and all(row.base or row.name in found for row in rows.values()):
+        found[base["row"]] = base
+    return found
+
+
 def run_part(
-    part: int, options: Options, until: float, folder: Path, done: Callable[[list[dict[str, Any]]], None]
+    part: int,
+    options: Options,
+    until: float,
+    folder: Path,
+    done: Callable[[list[dict[str, Any]]], None],
+    kept: Mapping[str, dict[str, Any]] | None = None,
 ) -> list[dict[str, Any]]:
-    """All rows of a part, before the time `until` (of time.monotonic); `done` is told of them after each process."""
+    """All rows of a part but those `kept`, before the time `until` (of time.monotonic).
+
+    `done` is told of them after each process.
+    """
     rows = rows_of(part, options)
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, dict[str, Any]] = dict(kept or {})
+    missing = [row for row in rows if row.name not in found]
     writing = threading.Lock()
 
     def tell() -> None:
@@ -131,7 +161,7 @@ def run_part(
             tell()
 
     with ThreadPoolExecutor(AT_ONCE.get(part, 1) if options.cuda else 1) as pool:
-        for each in [pool.submit(run, number, group) for number, group in enumerate(groups(rows))]:
+        for each in [pool.submit(run, number, group) for number, group in enumerate(groups(missing))]:
             each.result()
     tell()
     return [found[row.name] for row in rows if row.name in found]

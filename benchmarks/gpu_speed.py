@@ -68,7 +68,7 @@ WAYS: dict[str, tuple[Mapping[str, Any], str]] = {
 
 def rows(options: Options) -> list[Row]:
     """The bare sum, then ours, each in a process of its own."""
-    found = [Row("bare sum", bare, "", 150.0)]
+    found = [Row("bare sum", bare, "", 150.0, base=True)]
     for name, (runtime, place) in WAYS.items():
         env = NO_COMPILER if runtime.get("backend") == "gemini" else {}
         found.append(Row(name, partial(ours, "8B", runtime, place, torch.bfloat16), "", 150.0, env))
@@ -224,7 +224,8 @@ def body(found: Sequence[Mapping[str, Any]]) -> str:
         if "error" in row:
             lines.append([row["row"], row["error"], "", "", "", ""])
             continue
-        share = f"{row['tokens_per_second'] / base['tokens_per_second']:.2f}" if base else ""
+        over = row.get("base") or base
+        share = f"{row['tokens_per_second'] / over['tokens_per_second']:.2f}" if over else ""
         forward = f"{row['teacher_seconds']:.3f}" if "teacher_seconds" in row else ""
         memory = f"{row['peak_gib']:.1f}" if "peak_gib" in row else ""
         lines.append([row["row"], f"{row['tokens_per_second']:,.0f}", share, f"{row['seconds']:.3f}", forward, memory])

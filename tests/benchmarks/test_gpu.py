@@ -128,6 +128,53 @@ def test_a_row_that_fails_keeps_its_error_and_the_others_run(tmp_path, monkeypat
     assert seen[-1] == 4
 
 
+def test_what_an_earlier_run_measured_stays(tmp_path, monkeypatch, capsys):
+    def row(name, base=False):
+        return Row(name, print, name, base=base)
+
+    monkeypatch.setattr(gpu_speed, "rows", lambda options: [row("bare sum", True), *map(row, ("a", "b", "c", "d"))])
+    ran = []
+
+    def process(part, waiting, options, line, log, until):
+        ran.extend(each.name for each in waiting)
+        line.write_text("".join(
+            json.dumps({"row": each.name, "tokens_per_second": 50.0 if each.base else 40.0, "seconds": 1.0, "date": "2027-01-02"}) + "\n"
+            for each in waiting
+        ))  # fmt: skip
+        return ""
+
+    monkeypatch.setattr(gpu_rows, "_process", process)
+    words = ["gpu.py", "--device", "cpu", "--parts", "3", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", words)
+    gpu.main()
+    path = tmp_path / "gpu_speed-cpu.json"
+    record = json.loads(path.read_text())
+    for entry in record["data"]:
+        entry["date"] = "2027-01-01"
+    record["data"][0]["tokens_per_second"] = 80.0
+    record["data"][2] = {"row": "b", "error": "its time was up"}
+    path.write_text(json.dumps(record))
+    ran.clear()
+    monkeypatch.setattr(sys, "argv", [*words, "--resume", "--again", "d;x"])
+    gpu.main()
+    assert ran == ["bare sum", "b", "d"]
+    text = path.with_suffix(".md").read_text()
+    # What stays is held against the bare sum of its own run.
+    assert "| a | 40 | 0.50 |" in text
+    assert "| b | 40 | 0.80 |" in text
+    assert "- rows of earlier runs: 2027-01-01: a; c\n" in text
+    ran.clear()
+    monkeypatch.setattr(sys, "argv", [*words, "--resume"])
+    gpu.main()
+    assert ran == []
+    record = json.loads(path.read_text())
+    assert [entry["row"] for entry in record["data"]] == ["bare sum", "a", "b", "c", "d"]
+    record["versions"]["torch"] = "1.0"
+    path.write_text(json.dumps(record))
+    with pytest.raises(SystemExit, match=r"is of another machine: torch was 1\.0"):
+        gpu.main()
+
+
 def test_one_part_as_a_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu_heads, "rows", lambda options: [Row("agreement", gpu_heads.agreement)])
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu", "--quick", "--parts", "5", "--out", str(tmp_path)])
