@@ -76,8 +76,10 @@ def _machine(devices: int | None, device_memory: str | None, host_memory: str | 
     if devices is not None or device_memory is not None:
         if device_memory is None and here.kind == "cpu":
             fail("--devices counts GPUs, and there is none here to know the size of: add --device-memory 40GiB", USAGE)
-        memory = _read("--device-memory", device_memory, units.memory) if device_memory else here.device_memory
-        here = replace(here, devices=devices or 1, device_memory=int(memory), kind="cuda", compute=COMPUTE["cuda"])
+        memory = here.device_memory
+        if device_memory is not None:
+            memory = int(_read("--device-memory", device_memory, units.memory))
+        here = replace(here, devices=devices or 1, device_memory=memory, kind="cuda", compute=COMPUTE["cuda"])
     if host_memory is not None:
         host = int(_read("--host-memory", host_memory, units.memory))
         here = replace(here, host_memory=host, device_memory=host if here.kind == "cpu" else here.device_memory)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 
-_NUMBER = re.compile(r"\s*(\d+(?:[._]?\d+)*)\s*([A-Za-z/]*)\s*")
+_NUMBER = re.compile(r"\s*(\d+(?:_\d+)*(?:\.\d+(?:_\d+)*)?)\s*([A-Za-z/]*)\s*")
 _BYTES = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | {
     "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40,
 }  # fmt: skip
@@ -40,8 +41,10 @@ def _read(text: str, units: dict[str, int], what: str, example: str) -> float:
     exact = units.get(unit) or next((size for name, size in units.items() if name.lower() == unit.lower()), None)
     if exact is None:
         raise UnitError(f"{unit!r} in {text!r} is not the unit of {what}; write one of {', '.join(units)}")
-    if number <= 0:
+    if number * exact < 1:
         raise UnitError(f"{text!r} is nothing; write for example {example}")
+    if not math.isfinite(number * exact):
+        raise UnitError(f"{what} of {len(found[1])} digits is none; write for example {example}")
     return number * exact
 
 
@@ -70,7 +73,9 @@ def in_seconds(seconds: float) -> str:
         return f"{seconds:.1f} s"
     if seconds == 0:
         return "0 s"
-    return f"{seconds * 1e3:.1f} ms" if seconds >= 1e-4 else f"{seconds * 1e6:.1f} us"
+    if seconds >= 1e-4:
+        return f"{seconds * 1e3:.1f} ms"
+    return f"{seconds * 1e6:.1f} us" if seconds >= 1e-7 else f"{seconds * 1e9:.3g} ns"
 
 
 def in_count(count: float) -> str:

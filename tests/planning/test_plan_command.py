@@ -416,6 +416,8 @@ def test_json(tmp_path):
     [
         (["--host-memory", "40"], "--host-memory: '40' has no unit; write for example 40GiB"),
         (["--device-memory", "40GB/s"], "--device-memory: 'GB/s' in '40GB/s' is not the unit of an amount of memory"),
+        (["--device-memory", ""], "--device-memory: '' is not an amount of memory; write for example 40GiB"),
+        (["--device-memory", "1.2.3GiB"], "--device-memory: '1.2.3GiB' is not an amount of memory"),
         (["--link", "fast"], "--link: 'fast' is not a rate of transfer; write for example 50GB/s"),
         (["--devices", "0"], "0 is not in the range x>=1"),
     ],
