@@ -97,7 +97,8 @@ def _devices() -> list[Finding]:
         detail = "in hardware" if real else "emulated only: slow on this device"
         return [*found, Finding("bf16", True, detail, None if real else "leave `precision = fp32`")]
     if torch.backends.mps.is_available():
-        return [Finding("gpu", True, "Apple GPU (mps)"), Finding("bf16", True, "by the Apple GPU")]
+        cpu = "works, and is not faster than fp32"
+        return [Finding("gpu", True, "an Apple GPU, which is not used: runs go on the CPU"), Finding("bf16", True, cpu)]
     capability = torch.backends.cpu.get_cpu_capability()
     found = [Finding("gpu", True, "none is seen; runs go on the CPU")]
     if shutil.which("nvidia-smi") and torch.version.cuda is None:

@@ -26,7 +26,8 @@ class StopRequest:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            # None stands for a handler that was not set from Python, and cannot be put back from there.
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
         self._before.clear()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:

@@ -35,7 +35,7 @@ class Processes:
     def here(cls) -> Processes:
         """As the launcher (`gkd run --processes`, torchrun, colossalai run) says in the environment.
 
-        Raises RunError where the environment is incomplete.
+        Raises RunError where the environment is incomplete or makes no sense.
         """
         if (_number("WORLD_SIZE") or 1) == 1:
             return cls()
@@ -43,8 +43,11 @@ class Processes:
         if missing:
             hint = "start it by `gkd run --processes N` or torchrun"
             raise RunError(CANNOT_RUN, f"WORLD_SIZE is set, and {missing[0]} is not", hint)
-        rank, count, local = (_number(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-        return cls(rank or 0, count or 1, local if local is not None else rank or 0)
+        rank, count, local = (_number(name) or 0 for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+        if rank >= count:
+            hint = f"processes are numbered from 0 to {count - 1}"
+            raise RunError(CANNOT_RUN, f"RANK in the environment is {rank}, and WORLD_SIZE is {count}", hint)
+        return cls(rank, count, local if os.environ.get("LOCAL_RANK") else rank)
 
     @property
     def main(self) -> bool:

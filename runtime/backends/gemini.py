@@ -363,7 +363,7 @@ class GeminiBackend(DdpBackend):
 
     @torch.no_grad()
     def _write(self, values: Mapping[nn.Parameter, Tensor]) -> None:
-        """Set masters, and the bf16 parameters after them."""
+        """Set masters, and after them the parameters in half precision."""
         changed: dict[int, Any] = {}
         for parameter, master, chunk, chunk32 in self._chunks():
             if parameter not in values:

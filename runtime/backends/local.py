@@ -121,7 +121,7 @@ class LocalBackend:
             what, _, name = key.partition("/")
             parameter = parameters[name]
             # torch keeps its step counter on the CPU.
-            placed = value.clone() if value.ndim == 0 else value.to(parameter.device, copy=True)
+            placed = value.clone() if what == "step" else value.to(parameter.device, copy=True)
             optimizer.state[parameter][what] = placed
 
     def infer(self, function: Callable[[], None]) -> None:

@@ -347,8 +347,10 @@ def _at_hook(info: ModelInfo, stop: TapPath | None) -> TapPath | None:
 
 
 def _element(value: Any, index: int, paths: Sequence[TapPath]) -> Tensor:
-    if isinstance(value, (tuple, list)) or (isinstance(value, dict) and not isinstance(value, Tensor)):
-        value = value[index] if not isinstance(value, dict) else list(value.values())[index]
+    if isinstance(value, dict):
+        value = tuple(value.values())
+    if isinstance(value, tuple | list):
+        value = value[index]
     if not isinstance(value, Tensor):
         raise TapError(f"the module of `{paths[0]}` deals in a {type(value).__name__}, not a tensor")
     return value

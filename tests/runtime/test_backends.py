@@ -1,6 +1,8 @@
 """The local backend: optimisers, precision, checkpointing, clipping, and what stops a step."""
 
 import copy
+from dataclasses import replace
+from itertools import chain
 
 import pytest
 import torch
@@ -12,10 +14,13 @@ from transformers import (
 )
 
 from gkd_dsl.graph.nodes import OptimSpec
+from gkd_dsl.runtime.backends import ddp
 from gkd_dsl.runtime.backends.base import Settings
+from gkd_dsl.runtime.backends.ddp import _device
 from gkd_dsl.runtime.backends.local import LocalBackend, device_of
 from gkd_dsl.runtime.errors import RunError
 from gkd_dsl.runtime.optim import LearningRate, make_optimizer
+from gkd_dsl.runtime.processes import Processes
 from gkd_dsl.runtime.step import StepModule
 from gkd_dsl.schedules import Arithmetic, Clock, Constant, Ramp, Span
 
@@ -115,6 +120,12 @@ def test_the_rate_is_that_of_transformers(decay, warmup):
 
 def test_a_warmup_in_tokens_becomes_steps_by_the_mean():
     assert LearningRate(OptimSpec(warmup=Span(1000, "tokens")), 50, 20.0, 64.0).warmup_steps == 16
+
+
+def test_a_warmup_longer_than_the_stage_ends_with_it():
+    rate = LearningRate(OptimSpec(lr=1.0, warmup=Span(100, "steps")), 50, 20.0)
+    assert rate.warmup_steps == 50
+    assert [rate.at(step) for step in (0, 25, 49)] == pytest.approx([0.0, 0.5, 0.98])
 
 
 def checkpointed(model):
@@ -254,3 +265,64 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch):
     assert device_of("auto").type == "cpu"
     with pytest.raises(RunError, match="torch sees no GPU here"):
         device_of("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert [device_of(name).type for name in ("auto", "cuda", "cpu")] == ["cuda", "cuda", "cpu"]
+
+
+def test_a_process_has_the_gpu_of_its_number_on_its_machine(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    gpu = torch.device("cuda")
+    # Process 6 of 8 on four machines of two GPUs each.
+    assert _device(gpu, Processes(5, 8, 1)) == torch.device("cuda", 1)
+    assert chosen == [1]
+    with pytest.raises(RunError, match="process 3 of this machine has no GPU: there are 2"):
+        _device(gpu, Processes(2, 8, 2))
+    assert _device(torch.device("cpu"), Processes(5, 8, 7)) == torch.device("cpu")
+
+
+def test_gradients_are_exchanged_in_parts_of_one_dtype(monkeypatch):
+    monkeypatch.setattr(ddp, "_BUCKET", 10)
+    half = torch.zeros(2, dtype=torch.bfloat16)
+    given = [torch.zeros(4), torch.zeros(6), torch.zeros(1), half, half, torch.zeros(30), torch.zeros(1)]
+    found = ddp._buckets(given)
+    assert [[part.numel() for part in bucket] for bucket in found] == [[4, 6], [1], [2, 2], [30], [1]]
+    assert all(a is b for a, b in zip(chain(*found), given, strict=True))
+
+
+def test_a_stage_trains_with_dropout_and_leaves_models_without():
+    """Evaluations and exports come after `end`."""
+    backend, _, made = started(("hard", "hid"), dropout=0.1)
+    assert made["s"].training
+    assert not made["t"].training
+    backend.end()
+    assert not any(module.training for model in made.values() for module in model.modules())
+
+
+def test_each_micro_batch_has_its_number():
+    """Operators that draw take it: two micro-batches must not get the same numbers."""
+    backend, step, _ = started(("hard",))
+    seen = []
+    step.register_forward_pre_hook(lambda module, args: seen.append(args[1]))
+    backend.step([batch(seed=n) for n in range(3)], CLOCK, 1e-3)
+    assert seen == [replace(CLOCK, micro=n) for n in range(3)]
+
+
+def test_inference_is_in_the_precision_of_the_forwards():
+    seen = []
+    for precision, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        backend = LocalBackend(Settings(precision=precision, device="cpu"))
+        backend.infer(lambda: seen.append(torch.nn.functional.linear(torch.ones(2, 2), torch.ones(2, 2)).dtype))
+        assert seen[-1] == dtype
+
+
+def test_the_state_of_a_parameter_of_one_number_is_beside_it():
+    """Only torch's own counter of steps stays on the CPU."""
+    backend, _, _ = started(("hard",))
+    parameter = torch.nn.Parameter(torch.zeros((), device="meta"))
+    backend._named = [("a", parameter)]
+    backend.load_optimizer_state({"step/a": torch.tensor(3.0), "exp_avg/a": torch.tensor(1.0)})
+    state = backend._optimizer.state[parameter]
+    assert (state["step"].device.type, state["exp_avg"].device.type) == ("cpu", "meta")
+    assert float(state["step"]) == 3.0

@@ -1,5 +1,7 @@
 """The compiled step in a loop of one's own."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny_runs import START, batch_of, cut, infos, models, stage_plan
@@ -111,3 +113,20 @@ def test_it_equals_the_step(found):
     distiller = Distiller(plan, made, step.projections)
     distiller.step_to(START.step, START.total_steps)
     assert torch.equal(distiller(batch), expected)
+
+
+def test_its_clock_is_the_one_that_it_was_set_to(found):
+    """Durations in epochs and in tokens, the seed of the stage, and the number of each micro-batch."""
+    plan = stage_plan(found)
+    plan = replace(plan, stage=replace(plan.stage, seed=7))
+    distiller, seen = Distiller(plan, models(found)), []
+    distiller.module.register_forward_pre_hook(lambda module, args: seen.append(args[1]))
+    distiller.step_to(3, 10, steps_per_epoch=5.0, tokens=99)
+    for _ in range(2):
+        distiller(batch_of())
+    with torch.no_grad():
+        distiller(batch_of())
+    distiller.step_to(4, 10)
+    distiller(batch_of())
+    at = Clock(3, 10, 5.0, 99, seed=7)
+    assert seen == [at, replace(at, micro=1), replace(at, micro=2), Clock(4, 10, 10.0, seed=7)]

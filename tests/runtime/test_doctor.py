@@ -116,3 +116,49 @@ def test_a_gpu_is_described(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     assert named("gpu 0").detail == "Some GPU, 1.0 of 2.0 GiB free"
     assert "emulated" in named("bf16").detail
+
+
+def test_a_gpu_that_this_torch_does_not_use(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    assert named("gpu") == Finding("gpu", True, "none is seen; runs go on the CPU")
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/usr/bin/{name}")
+    found = named("gpu")
+    assert not found.ok
+    assert "built without CUDA" in found.detail
+    assert "install a CUDA build" in found.fix
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert named("gpu").ok
+    assert "runs go on the CPU" in named("gpu").detail
+
+
+def test_a_python_that_is_too_old(monkeypatch):
+    monkeypatch.setattr(doctor.sys, "version_info", (3, 10, 12))
+    found = doctor._python()[0]
+    assert not found.ok
+    assert "3.11" in found.fix
+
+
+@pytest.mark.parametrize(
+    ("version", "there", "ok", "detail", "fix"),
+    [
+        (None, (), True, "not installed; optional", None),
+        ("0.5.0", ("psutil", "accelerate", "peft", "einops"), False, "galore_torch, bitsandbytes missing",
+         "pip install --no-deps galore_torch bitsandbytes"),
+        ("0.4.9", doctor._BESIDE, False, "0.4.9; 0.5.0 is what was tried", "pip install --no-deps colossalai==0.5.0"),
+        ("0.5.0", doctor._BESIDE, True, "0.5.0, for the gemini backend", None),
+    ],
+)  # fmt: skip
+def test_colossalai_and_what_it_needs(monkeypatch, version, there, ok, detail, fix):
+    from gkd_dsl.runtime.backends import gemini
+
+    known = {*there, *(("colossalai",) if version else ())}
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: object() if name in known else None)
+    monkeypatch.setattr(doctor.metadata, "version", lambda name: version)
+    monkeypatch.setattr(gemini, "kernels", lambda: "some kernel")
+    found = doctor._colossalai()
+    assert (found[0].ok, found[0].fix) == (ok, fix)
+    assert detail in found[0].detail
+    assert (Finding("gemini's AdamW", True, "some kernel") in found) == bool(version and there == doctor._BESIDE)

@@ -1,6 +1,7 @@
 """What is said when memory runs out."""
 
 import pytest
+import torch
 from plans import batch, models, stage_plan
 
 from gkd_dsl.planning.machine import Machine
@@ -67,3 +68,31 @@ def test_a_plan_that_cannot_be_made_hides_nothing(run_out, monkeypatch):
     error = run_out()
     assert error.code == "E0803"
     assert "lower `batch_size` to 2 and double `accumulate`" in error.hint
+
+
+def test_which_memory_it_was():
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    full = torch.OutOfMemoryError("CUDA out of memory")
+    assert [memory._where(full, device) for device in (gpu, cpu)] == ["the GPU", "this machine"]
+    assert [memory._where(MemoryError(), device) for device in (gpu, cpu)] == ["the host", "this machine"]
+
+
+@pytest.mark.parametrize(("processes", "own"), [(1, 5), (2, 3), (4, 2)])
+def test_the_plan_is_of_this_micro_batch(monkeypatch, processes, own):
+    """Of the rows of one process, and of the length that the texts had; weights in bf16 count as such."""
+    asked = []
+    inner = memory.estimate_stage
+
+    def estimate(plan, machine, setup, **more):
+        asked.append((plan.stage.max_length, setup.half, more["rows"], machine.devices))
+        return inner(plan, machine, setup, **more)
+
+    monkeypatch.setattr(memory, "estimate_stage", estimate)
+    step = StepModule(stage_plan(("hard",), max_length=32), models())
+    settings, cpu = Settings(precision="bf16", device="cpu"), torch.device("cpu")
+    said, hint = memory.memory_words(
+        step, {}, [batch(5, 7), batch(3, 6)], cpu, settings, backend="ddp", processes=processes
+    )
+    assert "a micro-batch of 5 texts of 7 tokens" in said
+    assert hint.startswith("alive were nothing; the plan is ")
+    assert asked[0] == (7, True, own, processes)

@@ -60,6 +60,14 @@ def test_a_number_that_is_none(name, monkeypatch):
         Processes.here()
 
 
+@pytest.mark.parametrize("rank", ["2", "7"])
+def test_a_process_beyond_the_last(rank, monkeypatch):
+    for key, value in {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(RunError, match=f"RANK in the environment is {rank}, and WORLD_SIZE is 2"):
+        Processes.here()
+
+
 def test_what_a_launcher_says(monkeypatch):
     for key, value in {"RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "a", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(key, value)

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+import threading
 import time
 from dataclasses import replace
 
@@ -12,7 +13,9 @@ import torch
 from plans import Data, evaluating, models, spec, stage_plan, teaching_plan
 
 from gkd_dsl.graph.nodes import OptimSpec
+from gkd_dsl.runtime import interrupt
 from gkd_dsl.runtime.errors import RunError, Stopped
+from gkd_dsl.runtime.interrupt import StopRequest
 from gkd_dsl.runtime.run_folder import RunFolder
 from gkd_dsl.runtime.stages import Run
 from gkd_dsl.schedules import Span
@@ -183,6 +186,29 @@ def test_a_second_signal_does_not_wait(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         run(two_stages(), RunFolder.create("twice", root=tmp_path), [At(2, twice)])
+
+
+def test_a_run_in_a_thread_leaves_the_handlers_alone():
+    """Python lets the main thread alone set them; who runs us there may ask for the end of it."""
+    before, seen = signal.getsignal(signal.SIGINT), []
+
+    def ask():
+        with StopRequest() as stop:
+            seen.append((stop.asked, signal.getsignal(signal.SIGINT)))
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    thread.join()
+    assert seen == [(False, before)]
+
+
+def test_a_handler_that_was_not_set_from_python(monkeypatch):
+    """Python cannot put it back: the default one is, in place of an error at the end of a run."""
+    put = []
+    monkeypatch.setattr(interrupt.signal, "signal", lambda number, handler: put.append((number, handler)))
+    with StopRequest():
+        put.clear()
+    assert put == [(signal.SIGINT, signal.SIG_DFL), (signal.SIGTERM, signal.SIG_DFL)]
 
 
 def test_a_finished_run_resumed_does_nothing(tmp_path, whole):

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from plans import stage_plan
 
 import gkd_dsl
+from gkd_dsl.graph.nodes import SourceSpec
 from gkd_dsl.models.describe import random_init
 from gkd_dsl.runtime.errors import RunError
+from gkd_dsl.runtime.extensions import load_extensions
 from gkd_dsl.runtime.models.load import load
 
 OPS = """import gkd_dsl
@@ -80,3 +84,25 @@ def test_padding_does_not_count_whatever_it_gives_there(distiller_of) -> None:
     short, padded = distiller(batch()), distiller(batch(padding=3))
     assert torch.isfinite(short)
     torch.testing.assert_close(padded, short)
+
+
+@pytest.mark.parametrize("place", ["valid_program", "program", "metric", "source"])
+def test_it_is_loaded_wherever_it_is_used(place: str, tmp_path: Path) -> None:
+    plan = stage_plan(("hard",), metrics=("acc",))
+    mine = [replace(item, op="gone.py:mine") for item in plan.valid_program[:1]]
+    if place == "metric":
+        plan = replace(plan, metrics=tuple(replace(item, program=(*item.program, *mine)) for item in plan.metrics))
+    elif place == "source":
+        plan = replace(plan, stage=replace(plan.stage, source=SourceSpec("rows", "gone.py:mine", ())))
+    else:
+        plan = replace(plan, **{place: (*getattr(plan, place), *mine)})
+    with pytest.raises(RunError, match=r"`gone\.py:mine` cannot be used"):
+        load_extensions(plan, tmp_path)
+
+
+def test_a_file_without_the_operator_it_had(tmp_path: Path) -> None:
+    (tmp_path / "ops.py").write_text("import gkd_dsl\n")
+    plan = stage_plan(("hard",))
+    plan = replace(plan, valid_program=tuple(replace(item, op="ops.py:mine") for item in plan.valid_program))
+    with pytest.raises(RunError, match=r"ops\.py has no op `mine`; check the spec again: the file has changed"):
+        load_extensions(plan, tmp_path)

@@ -3,11 +3,15 @@
 import json
 import logging
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 from tiny_models import FAMILY_NAMES, build
-from transformers import AutoModelForSequenceClassification
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 from transformers.utils import logging as hf_logging
 
 from gkd_dsl.models.describe import describe, random_init, truncated
@@ -187,8 +191,6 @@ def test_random_models_follow_their_config(folder, family):
 
 
 def test_a_config_can_be_rebuilt_from_its_folder(folder):
-    from dataclasses import replace
-
     info = random_init(describe(str(folder / "llama")), num_labels=4, overrides={"num_hidden_layers": 5})
     bare = replace(info, config={})
     assert config_of(bare).to_dict() == config_of(info).to_dict()
@@ -208,6 +210,46 @@ def test_the_padding_of_a_decoder_classifier(tmp_path, folder):
     assert model.config.pad_token_id == 2
     with torch.no_grad():
         assert model(input_ids=torch.tensor([[5, 6, 2], [7, 8, 9]])).logits.shape == (2, 2)
+
+
+def test_weights_that_are_not_fetched_are_asked_for_by_their_revision(folder, tmp_path, monkeypatch):
+    """A snapshot of which the check fetched the config alone; another revision has other weights."""
+    snapshot = tmp_path / "models--acme--small" / "snapshots" / ("1" * 40)
+    snapshot.mkdir(parents=True)
+    shutil.copy(folder / "bert" / "config.json", snapshot)
+    info = replace(describe(str(snapshot)), location="acme/small@v2")
+    asked = []
+
+    def ask(place, **more):
+        asked.append((place, more["revision"]))
+        raise OSError("no network")
+
+    monkeypatch.setattr(transformers.BertModel, "from_pretrained", ask)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", ask)
+    for made, revision in ((info, "v2"), (replace(info, location="acme/small"), None)):
+        for call in (load, load_tokenizer):
+            with pytest.raises(ModelError, match="no network"):
+                call(made)
+        assert asked == [("acme/small", revision)] * 2
+        asked.clear()
+
+
+def word_tokenizer(to, **special):
+    words = {word: number for number, word in enumerate(("a", "b", "c", "<end>", "<pad>"))}
+    made = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, "a")), eos_token="<end>", **special)
+    made.save_pretrained(to)
+
+
+@pytest.mark.parametrize(("special", "padding"), [({}, 3), ({"pad_token": "<pad>"}, 4)])
+def test_a_tokenizer_without_padding_pads_with_the_end_of_text(tmp_path, folder, special, padding):
+    """A decoder's classifier reads the last token that is not padding: it has to know the tokenizer's."""
+    config = json.loads((folder / "llama" / "config.json").read_text())
+    del config["pad_token_id"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    word_tokenizer(tmp_path, **special)
+    info = random_init(str(tmp_path), num_labels=2)
+    assert load_tokenizer(info).pad_token_id == padding
+    assert load(info).config.pad_token_id == padding
 
 
 def test_the_packaged_encoder(tmp_path):
