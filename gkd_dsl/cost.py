@@ -10,9 +10,10 @@ from functools import lru_cache
 from gkd_dsl.fitting import fitting
 from gkd_dsl.graph.access import natural
 from gkd_dsl.graph.families import family_name, indices, masked
-from gkd_dsl.graph.nodes import PolicyNode, ReplaceBlock, SwapTap
+from gkd_dsl.graph.nodes import ReplaceBlock, SwapTap
 from gkd_dsl.graph.plan import ForwardPlan, StagePlan
 from gkd_dsl.models.taps import TapPath
+from gkd_dsl.planning import parameters
 
 
 @dataclass(frozen=True)
@@ -128,11 +129,8 @@ def _stem(name: str) -> str:
 def _cost(stage: StagePlan) -> StageCost:
     layers = {node.name: node.info.size("N") or 0 for node in stage.models}
     roles = {node.name: node.role for node in stage.models}
-    sizes = {
-        node.name: node.in_features * node.out_features + node.out_features * node.bias for node in stage.projections
-    }
-    beside = [Beside("projection", name, size) for name, size in sizes.items()]
-    beside += [Beside("policy", policy.node.name, _policy(policy.node)) for policy in stage.policies]
+    beside = [Beside("projection", node.name, parameters.projection(node)) for node in stage.projections]
+    beside += [Beside("policy", policy.node.name, parameters.policy(policy.node)) for policy in stage.policies]
     trained = dict.fromkeys(target.name for target in stage.stage.trains if target.kind == "model")
     beside += [Beside(roles.get(name, "model"), name, None) for name in trained if roles.get(name) != "student"]
     return StageCost(
@@ -141,13 +139,6 @@ def _cost(stage: StagePlan) -> StageCost:
         tuple(Beside(part.kind, part.name.removeprefix("m/"), part.parameters) for part in beside),
         any(roles.get(name) == "student" for name in trained),
     )
-
-
-def _policy(node: PolicyNode) -> int:
-    """One map for all actions: features -> 1, or by way of the hidden units."""
-    if not node.hidden:
-        return node.features + 1
-    return node.hidden * (node.features + 1) + node.hidden + 1
 
 
 def _forward_cost(forward: ForwardPlan, layers: int) -> ForwardCost:

@@ -202,13 +202,18 @@ def source_words(source: SourceSpec | None) -> str:
     return f"{source.name} = {source.kind}({', '.join(shown)})"
 
 
+def quoted(text: str) -> str:
+    """A text as it is written in a spec."""
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n").replace("\t", "\\t") + '"'
+
+
 def _plain(value: AttrValue) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, float):
         return number(value)
     if isinstance(value, str):
-        return '"' + value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n").replace("\t", "\\t") + '"'
+        return quoted(value)
     if isinstance(value, tuple):
         return f"[{', '.join(_plain(item) for item in value)}]"
     return str(value)

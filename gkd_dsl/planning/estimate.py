@@ -12,8 +12,19 @@ from gkd_dsl.graph.plan import HeadPlan, SpecPlan, StagePlan
 from gkd_dsl.graph.stored import refusals, sparse_keys, student_task, temperatures
 from gkd_dsl.planning import operators, parameters
 from gkd_dsl.planning.blocks import Shape
-from gkd_dsl.planning.chunks import Chunks, chunks
-from gkd_dsl.planning.layout import HALF, STREAMED, Placed, Setup, Trained, frozen, in_chunks, trained, window
+from gkd_dsl.planning.chunks import chunks
+from gkd_dsl.planning.layout import (
+    HALF,
+    STREAMED,
+    Placed,
+    Setup,
+    Trained,
+    frozen,
+    in_chunks,
+    trained,
+    trained_chunks,
+    window,
+)
 from gkd_dsl.planning.ledger import Ledger
 from gkd_dsl.planning.machine import Machine
 from gkd_dsl.planning.simulate import Micro, Model, depth
@@ -243,13 +254,6 @@ def _device(
     return ledger
 
 
-def _packed(stage: StagePlan, setup: Setup) -> Chunks:
-    """The chunks of the largest model that a stage trains."""
-    infos = [node.info for node in stage.models if trained(stage, node).count]
-    found = max((parameters.parameters(info) for info in infos), key=lambda one: one.count, default=None)
-    return chunks(found, setup.chunk, setup.reach) if found is not None else Chunks(0, 0, 1.0)
-
-
 def _moments(stage: StagePlan) -> int:
     optim = stage.stage.optim
     return 2 if optim.name == "adamw" else 1 if optim.momentum else 0
@@ -259,7 +263,7 @@ def _state(stage: StagePlan, setup: Setup, machine: Machine, optimised: int) -> 
     """Bytes of the optimiser on a device: its moments, and in Gemini the fp32 weights, its share of them."""
     if setup.backend != "gemini":
         return 4 * _moments(stage) * optimised
-    *_, away = setup.shares(stage.stage, _packed(stage, setup))
+    *_, away = setup.shares(stage.stage, trained_chunks(stage, setup))
     own = optimised if setup.small(stage.stage, optimised) else optimised / setup.ranks(machine)
     return round(4 * (1 + _moments(stage)) * own * (1 - away))
 
@@ -328,7 +332,7 @@ def _host(models: Mapping[str, Model], setup: Setup, moments: int, stage: StageP
             found[f"{model.placed.name} weights"] = model.placed.host
     if setup.backend == "gemini":
         count = sum(model.trained.count for model in models.values())
-        *_, away = setup.shares(stage.stage, _packed(stage, setup))
+        *_, away = setup.shares(stage.stage, trained_chunks(stage, setup))
         found |= {"optimizer": round(4 * (1 + moments) * count * away)} if away else {}
     return found
 

@@ -205,6 +205,13 @@ def trained(stage: StagePlan, node: ModelNode) -> Trained:
     return Trained(sum(names.values()), largest, first if names else 0)
 
 
+def trained_chunks(stage: StagePlan, setup: Setup) -> Chunks:
+    """The chunks of the largest model that a stage trains."""
+    infos = [node.info for node in stage.models if trained(stage, node).count]
+    found = max((parameters.parameters(info) for info in infos), key=lambda one: one.count, default=None)
+    return chunks(found, setup.chunk, setup.reach) if found is not None else Chunks(0, 0, 1.0)
+
+
 @dataclass(frozen=True)
 class Placed:
     """The bytes of one model: `device` on each device all the time, `host` in all, `moved` over each link a forward.

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from gkd_dsl.graph.explain_words import quoted
 from gkd_dsl.graph.plan import SpecPlan
 from gkd_dsl.planning.estimate import ROOM, StageEstimate, estimate
 from gkd_dsl.planning.layout import ALL, Placed, Setup
-from gkd_dsl.planning.machine import Machine
+from gkd_dsl.planning.machine import COMPUTE, Machine
 from gkd_dsl.planning.search import Proposal, cheapest, with_cache
 from gkd_dsl.planning.units import in_bytes, in_count, in_rate, in_seconds
 
 _SHARES = {"shard_param_frac": 1.0, "offload_optim_frac": 0.0, "offload_param_frac": 0.0}
-_CHUNKS = ("search_range_m", "min_chunk_size_m", "hidden_dim", "max_prefetch", "pin_memory")
+_KEPT = (
+    "search_range_m", "min_chunk_size_m", "hidden_dim", "max_prefetch", "pin_memory", "initial_scale", "min_scale",
+    "max_scale", "growth_factor", "backoff_factor", "growth_interval", "hysteresis",
+)  # fmt: skip
+"""Settings of Gemini that say nothing of where anything lives."""
 _WORDS = {"optimizer": "optimiser"}
 _HEAD = ("model", "parameters", "trained", "lives", "each device", "host", "moved a pass")
 
@@ -126,8 +131,8 @@ def _bound(found: Proposal, machine: Machine) -> str:
 
 
 def report(name: str, plan: SpecPlan, machine: Machine) -> Report:
-    """The plan of a spec on a machine."""
-    setup = Setup.of(plan)
+    """The plan of a spec on a machine; of one that says `device = cpu`, on its CPU."""
+    setup, machine = Setup.of(plan), _used(plan, machine)
     stages = estimate(plan, machine, setup)
     if all(stage.fits(machine) for stage in stages):
         return Report(name, plan, machine, setup, stages)
@@ -135,6 +140,14 @@ def report(name: str, plan: SpecPlan, machine: Machine) -> Report:
     stored = with_cache(plan, machine, setup) if found is not None and not found.cached else None
     faster = found is not None and stored is not None and stored.seconds <= found.seconds / 2
     return Report(name, plan, machine, setup, stages, found, stored if faster else None)
+
+
+def _used(plan: SpecPlan, machine: Machine) -> Machine:
+    """What a spec uses of a machine."""
+    if machine.kind == "cpu" or dict(plan.runtime).get("device") != "cpu":
+        return machine
+    compute = COMPUTE["cpu"] if machine.compute == COMPUTE["cuda"] else machine.compute
+    return replace(machine, devices=1, device_memory=machine.host_memory, compute=compute, kind="cpu")
 
 
 def block(plan: SpecPlan, before: Setup, after: Setup) -> str:
@@ -167,7 +180,8 @@ def _stored(plan: SpecPlan, name: str) -> Iterator[str]:
     """The folder of a model's stored outputs, and what the spec says of how they are kept."""
     given = dict(plan.runtime)
     folder = given.get(f"{name}.cache", "off")
-    yield f'    cache = "{folder if folder not in ("off", "auto") else f"outputs/{name}"}"'
+    folder = f"outputs/{name}" if folder in ("off", "auto") else str(folder)
+    yield f"    cache = {quoted(folder)}"
     yield from (f"    {key} = {given[f'{name}.{key}']}" for key in ("top_k", "tail") if f"{name}.{key}" in given)
 
 
@@ -188,8 +202,8 @@ def _settings(plan: SpecPlan, setup: Setup) -> Iterator[str]:
         for name, usual in _SHARES.items():
             if getattr(setup, name) != usual:
                 yield f"{name} = {getattr(setup, name)}"
-        # How chunks are searched for and moved goes on as it is.
-        yield from (f"{name} = {_written(given[name])}" for name in _CHUNKS if same and name in given)
+        # How chunks are searched for and moved, and how the loss is scaled in fp16, goes on as it is.
+        yield from (f"{name} = {_written(given[name])}" for name in _KEPT if same and name in given)
 
 
 def _written(value: object) -> str:

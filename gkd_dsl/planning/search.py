@@ -111,11 +111,17 @@ def _options(plan: SpecPlan, machine: Machine, current: Setup) -> Iterator[Setup
 
 
 def _with_cache(plan: SpecPlan, machine: Machine, current: Setup) -> Iterator[Setup]:
-    tasks = [_task(stage) for stage in plan.stages]
-    names = [name for name in frozen_models(plan) if not any(refusals(plan.stages, name, tasks=tasks))]
+    names = [name for name in frozen_models(plan) if not any(_refused(plan, current, name))]
     for setup in _backends(plan, machine, current):
         for count in range(1, len(names) + 1):
             yield from _smaller(plan, machine, setup.placing(names[:count], "cached"))
+
+
+def _refused(plan: SpecPlan, current: Setup, name: str) -> Iterator[str]:
+    """Why the outputs of a model cannot be stored as the spec says that they are to be."""
+    tail = str(dict(plan.runtime).get(f"{name}.tail", "bucket"))
+    tasks = [_task(stage) for stage in plan.stages]
+    return refusals(plan.stages, name, tasks=tasks, top_k=dict(current.top_k).get(name), tail=tail)
 
 
 def _smaller(plan: SpecPlan, machine: Machine, setup: Setup) -> Iterator[Setup]:

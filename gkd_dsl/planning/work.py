@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from gkd_dsl.graph.plan import ForwardPlan, StagePlan
 from gkd_dsl.planning import parameters
 from gkd_dsl.planning.blocks import Shape, Sizes
-from gkd_dsl.planning.layout import Setup
+from gkd_dsl.planning.layout import Setup, trained_chunks
 from gkd_dsl.planning.machine import Machine
 from gkd_dsl.planning.simulate import Model, depth
 
@@ -83,14 +83,23 @@ def work(stage: StagePlan, models: Mapping[str, Model], setup: Setup, shape: Sha
             # What the host has room for stays in its memory once it is read; else one reading serves all devices.
             if model.placed.read > _CACHED * machine.host_memory:
                 _add(disk, f"{forward.model} weights", model.placed.read * times)
+    *_, away = setup.shares(stage.stage, trained_chunks(stage, setup)) if setup.backend == "gemini" else (0.0,)
     for name, model in models.items():
-        _trained(name, model, setup, ranks, micro, link, between)
+        _trained(name, model, setup, ranks, micro, away, link, between)
     return Work(tuple(flops.items()), tuple(link.items()), tuple(between.items()), tuple(disk.items()))
 
 
 def _trained(
-    name: str, model: Model, setup: Setup, ranks: int, micro: int, link: dict[str, float], between: dict[str, float]
+    name: str,
+    model: Model,
+    setup: Setup,
+    ranks: int,
+    micro: int,
+    away: float,
+    link: dict[str, float],
+    between: dict[str, float],
 ) -> None:
+    """The traffic of what a stage trains; `away` is the share of the optimiser's state that is in host memory."""
     count = model.trained.count
     if not count:
         return
@@ -98,7 +107,7 @@ def _trained(
         _add(between, f"{name} gradients", 2 * 4 * count * (ranks - 1) / ranks)
     elif setup.backend == "gemini":
         _add(link, f"{name} weights", model.placed.moved * 2 * micro)
-        _add(link, f"{name} optimizer", 4 * count / ranks * setup.offload_optim_frac)
+        _add(link, f"{name} optimizer", 4 * count / ranks * away)
         _add(between, f"{name} weights", model.placed.gathered * 2 * micro)
         _add(between, f"{name} gradients", 2 * count * (ranks - 1) / ranks * micro)
 
@@ -122,6 +131,9 @@ def _flops(forward: ForwardPlan, model: Model, setup: Setup, shape: Shape) -> fl
         return once
     first = max(0, model.trained.first - 1)
     above = shape.tokens * (max(0, ran - first) * each + head)
-    ways = 2.0 if model.trained.count else 1.0
+    # Of frozen weights no gradient is made, only of what goes into them; adapters have theirs.
+    adapted = info.build.lora is not None
+    ways = 2.0 if model.trained.count and not adapted else 1.0
+    own = 2.0 * shape.tokens * model.trained.count if adapted else 0.0
     again = shape.tokens * max(0, ran - first) * each if setup.checkpoint and model.trained.count else 0.0
-    return once + ways * above + again
+    return once + ways * above + own + again

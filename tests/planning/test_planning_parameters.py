@@ -48,6 +48,26 @@ def test_names_and_shapes_are_those_of_the_model(family, task, changes, save):
         assert part(info, name).count == counted, name
 
 
+PUBLISHED = {
+    "Llama-3.1-8B": ("llama", 4096, 32, 32, 14336, 128256, False, 8_030_261_248),
+    "Llama-3.1-70B": ("llama", 8192, 80, 64, 28672, 128256, False, 70_553_706_496),
+    "Llama-3.1-405B": ("llama", 16384, 126, 128, 53248, 128256, False, 405_853_388_800),
+    "Qwen3-1.7B": ("qwen3", 2048, 28, 16, 6144, 151936, True, 1_720_574_976),
+    "Qwen3-8B": ("qwen3", 4096, 36, 32, 12288, 151936, False, 8_190_735_360),
+    "Qwen3-32B": ("qwen3", 5120, 64, 64, 25600, 151936, False, 32_762_123_264),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_large_models_have_as_many_parameters_as_is_published(name, save):
+    family, width, layers, heads, inner, words, tied, count = PUBLISHED[name]
+    place = save(
+        family, hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=8,
+        head_dim=128, intermediate_size=inner, vocab_size=words, tie_word_embeddings=tied,
+    )  # fmt: skip
+    assert parameters(describe(place, task="causal_lm")).count == count
+
+
 def test_a_family_without_a_table_is_an_approximation(save):
     info = describe(
         save("opt", hidden_size=8, vocab_size=11, num_hidden_layers=2, num_attention_heads=2), task="encoder"
