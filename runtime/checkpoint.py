@@ -127,9 +127,10 @@ class Checkpoints:
                 else:
                     os.replace(work, target)
                 _sync(self.folder)
-                self._point("last", target)
+                # `last` comes second: a run that ends between the two does this step again, and finds its best anew.
                 if best:
                     self._point("best", target)
+                self._point("last", target)
         finally:
             shutil.rmtree(work, ignore_errors=True)
         self._tidy(target)
@@ -139,7 +140,7 @@ class Checkpoints:
         """The checkpoint that `last` or `best` names; None where there is none."""
         try:
             text = (self.run / name).read_text(encoding="utf-8").strip()
-        except OSError:
+        except (OSError, UnicodeDecodeError):
             return None
         path = self.run / text
         return path if text and (path / _STATE).is_file() else None
@@ -162,16 +163,18 @@ class Checkpoints:
         _sync(self.run)
 
     def _tidy(self, newest: Path) -> None:
-        """Delete what is neither the best nor among the newest two."""
+        """Delete what is neither the best nor among the newest two, and what a killed run left half written."""
         best = self.pointed("best")
         try:
+            there = list(self.folder.iterdir())
             whole = sorted(
-                (path for path in self.folder.iterdir() if (path / _STATE).is_file() and not path.name.startswith(".")),
+                (path for path in there if (path / _STATE).is_file() and not path.name.startswith(".")),
                 key=lambda path: (path == newest, path.stat().st_mtime_ns),
             )
         except OSError:
             return
-        for path in whole[:-_KEEP]:
+        half = [path for path in there if path.name.startswith(".")]
+        for path in [*half, *whole[:-_KEEP]]:
             if path != best:
                 shutil.rmtree(path, ignore_errors=True)
 

@@ -41,10 +41,10 @@ class RunFolder:
                 out.mkdir(parents=True, exist_ok=True)
                 _refuse_read_only(out)
             return cls(out)
-        safe = re.sub(r"[^\w.-]+", "-", name).strip("-.") or "run"
+        first = folder_name(name)
         number = 1
         while True:
-            path = root / (safe if number == 1 else f"{safe}-{number}")
+            path = root / (first if number == 1 else f"{first}-{number}")
             try:
                 with writing("a run folder", path):
                     root.mkdir(parents=True, exist_ok=True)
@@ -100,6 +100,16 @@ class RunFolder:
                 os.replace(work, target)
             finally:
                 work.unlink(missing_ok=True)
+
+
+def folder_name(name: str) -> str:
+    """What the first run folder of a name is called; later ones have `-2`, `-3`, ... behind it."""
+    return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "run"
+
+
+def is_named(path: Path, name: str) -> bool:
+    """Whether a run folder is called as those of a name are."""
+    return re.fullmatch(rf"{re.escape(folder_name(name))}(-[1-9]\d*)?", path.name) is not None
 
 
 def _refuse_read_only(folder: Path) -> None:

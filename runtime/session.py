@@ -17,6 +17,8 @@ from gkd_dsl.graph.plan import Apply, SpecPlan, StagePlan
 from gkd_dsl.meaning.check import Checked
 from gkd_dsl.meaning.resolved import resolved_text
 from gkd_dsl.models.info import ModelInfo
+from gkd_dsl.models.resolve import canonical
+from gkd_dsl.models.taps import TapPath
 from gkd_dsl.runtime.backends.make import make_backend
 from gkd_dsl.runtime.compare import Comparison, compare
 from gkd_dsl.runtime.errors import CANNOT_RUN, RunError
@@ -27,7 +29,7 @@ from gkd_dsl.runtime.models import adapters
 from gkd_dsl.runtime.models.load import load_tokenizer
 from gkd_dsl.runtime.models.vocabulary import expanded, saved_map
 from gkd_dsl.runtime.records import Listener
-from gkd_dsl.runtime.run_folder import RunFolder
+from gkd_dsl.runtime.run_folder import RunFolder, is_named
 from gkd_dsl.runtime.stages import Run, RunResult
 
 _SENTENCES = 128
@@ -213,14 +215,19 @@ def export_model(
 
 def newest(name: str, root: Path = Path("runs")) -> Path:
     """The newest run folder of a spec. Raises RunError where there is none."""
-    found = [
-        path
-        for path in root.glob(f"{name}*")
-        if (path.is_dir() and path.name.removeprefix(name).lstrip("-").isdigit()) or path.name == name
-    ]
+    found = [path for path in root.glob("*") if path.is_dir() and is_named(path, name) and not _of_another(path, name)]
     if not found:
         raise RunError(CANNOT_RUN, f"there is no run of {name} below {root}/", "start one without `--resume`")
     return max(found, key=lambda path: path.stat().st_mtime)
+
+
+def _of_another(folder: Path, name: str) -> bool:
+    """Whether a folder is called so for another spec: `a-2` is the second run of `a`, or the first of `a-2`."""
+    try:
+        own = Path(str(about(folder).get("spec", ""))).stem
+    except RunError:
+        return False
+    return own != name and is_named(folder, own)
 
 
 def about(folder: Path) -> dict[str, Any]:
@@ -238,11 +245,11 @@ def _alone(info: ModelInfo) -> bool:
 
 def _pooling(stage: StagePlan, name: str) -> Literal["mean", "cls", "last"] | None:
     """How the objective made one vector of a text, where it did so from the student's last hidden state."""
-    final: set[str] = set()
-    for forward in stage.forwards:
-        if forward.model == name:
-            last = max((tap.path for tap in forward.taps if tap.path.kind == "hidden"), default=None)
-            final |= {tap.key for tap in forward.taps if tap.path.kind == "final" or tap.path == last}
+    info = next((node.info for node in stage.models if node.name == name), None)
+    if info is None:
+        return None
+    last = canonical(info, TapPath("final"))
+    final = {tap.key for forward in stage.forwards if forward.model == name for tap in forward.taps if tap.path == last}
     for step in stage.program:
         if isinstance(step, Apply) and step.op in ("pool", "cls") and dict(step.inputs).get("x") in final:
             if step.op == "pool":

@@ -126,6 +126,36 @@ def test_a_checkpoint_left_by_a_killed_run_is_replaced(tmp_path):
     assert sorted(path.name for path in store.folder.iterdir()) == ["main-1", "main-2"]
 
 
+def test_what_killed_runs_left_half_written_goes(tmp_path):
+    store = Checkpoints(tmp_path)
+    for name in (".main-2.7", ".old.main-1.7"):
+        left = store.folder / name
+        left.mkdir(parents=True)
+        (left / "state.json").write_text("{}")
+        (left / "model.s.safetensors").write_bytes(b"half")
+    store.save(state(3))
+    assert [path.name for path in store.folder.iterdir()] == ["main-3"]
+
+
+def test_a_run_that_ends_between_the_two_pointers_keeps_its_best(tmp_path, monkeypatch):
+    """The weights that a resumed run would end with are those of the step that its state calls the best, or better."""
+    store = Checkpoints(tmp_path)
+    store.save(state(1, best=0.5, best_step=1), best=True)
+    point, written = Checkpoints._point, []
+
+    def dies(self, name, target):
+        if written:
+            raise KeyboardInterrupt
+        written.append(name)
+        point(self, name, target)
+
+    monkeypatch.setattr(Checkpoints, "_point", dies)
+    with pytest.raises(KeyboardInterrupt):
+        store.save(state(2, best=0.9, best_step=2), best=True)
+    last, best = (checkpoint.read(store.pointed(name)).position for name in ("last", "best"))
+    assert last.best_step <= best.step
+
+
 @contextmanager
 def files_no_longer_than(size):
     """The system itself refuses to let a file grow beyond this."""
@@ -223,6 +253,8 @@ def test_a_pointer_to_nothing_is_no_checkpoint(tmp_path):
     (tmp_path / "last").write_text("checkpoints/gone-1\n")
     assert Checkpoints(tmp_path).pointed("last") is None
     (tmp_path / "last").write_text("")
+    assert Checkpoints(tmp_path).pointed("last") is None
+    (tmp_path / "last").write_bytes(b"\xff\x00")
     assert Checkpoints(tmp_path).pointed("last") is None
 
 
