@@ -327,8 +327,12 @@ class Run:
         kept = {node.name for stage in later for node in stage.models} | self._changed
         kept |= {base for name in kept if (base := self._infos[name].build.base) and name not in self.models}
         for name in (self.models.keys() | self._streamed.keys()) - kept:
-            self.models.pop(name, None)
-            self._streamed.pop(name, None)
+            self.forget(name)
+
+    def forget(self, name: str) -> None:
+        """Let go of a model; it is made again when it is asked for."""
+        self.models.pop(name, None)
+        self._streamed.pop(name, None)
 
     def make_projections(self, plan: StagePlan) -> None:
         """Make the projections of a stage that no earlier one made."""

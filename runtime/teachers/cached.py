@@ -11,7 +11,7 @@ from gkd_dsl.graph.plan import ForwardPlan, TapPlan
 from gkd_dsl.models.resolve import last_needed
 from gkd_dsl.runtime.errors import CACHE, CANNOT_RUN, RunError
 from gkd_dsl.runtime.models.interventions import Edits
-from gkd_dsl.runtime.teachers.base import TeacherSource, shifted
+from gkd_dsl.runtime.teachers.base import TeacherSource
 from gkd_dsl.runtime.teachers.parts import Layout, own_tokens, spans
 from gkd_dsl.runtime.teachers.store import Store
 
@@ -44,8 +44,6 @@ class CachedTeachers:
         Raises RunError: a row that is not stored, or that has another number of tokens than it had.
         """
         refuse_changes(forward)
-        if forward.shift:
-            inputs = shifted(inputs, forward.shift)
         return read_taps(self.store, self.layout, forward, inputs)
 
     def blocks(self, model: str, layers: Sequence[int]) -> Sequence[nn.Module]:
@@ -71,8 +69,6 @@ class FillingTeachers:
     ) -> dict[str, Tensor]:
         """The taps of one forward, by their keys; rows that are not stored yet are run and stored."""
         refuse_changes(forward)
-        if forward.shift:
-            inputs = shifted(inputs, forward.shift)
         self.fill(forward, inputs)
         return read_taps(self.store, self.layout, forward, inputs)
 
@@ -88,7 +84,7 @@ class FillingTeachers:
             return
         paths = self.layout.taps
         taps = tuple(TapPlan(path.key, path, type) for path, type in paths.items())
-        whole = replace(forward, taps=taps, stop_after=last_needed(paths), shift=0)
+        whole = replace(forward, taps=taps, stop_after=last_needed(paths))
         values = self.inner.taps(whole, inputs, {}, Edits({}, {}))
         mask = inputs["attention_mask"]
         if not self.store.shared:
@@ -123,5 +119,5 @@ def read_taps(store: Store, layout: Layout, forward: ForwardPlan, inputs: Mappin
 
 def refuse_changes(forward: ForwardPlan) -> None:
     """Raise RunError for a forward that is not the model's plain one on the texts of the batch."""
-    if forward.changes or forward.inputs or forward.grad:
+    if forward.changes or forward.inputs or forward.shift or forward.grad:
         raise RunError(CANNOT_RUN, f"`{forward.key}` is no plain forward of a batch, and `{forward.model}` is stored")

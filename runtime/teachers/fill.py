@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from gkd_dsl.graph.nodes import AttrValue
-from gkd_dsl.graph.plan import ForwardPlan, SpecPlan, StagePlan
+from gkd_dsl.graph.plan import SpecPlan, StagePlan
 from gkd_dsl.graph.stored import forwards_of, refusals
 from gkd_dsl.runtime.backends.base import Settings
 from gkd_dsl.runtime.backends.local import device_of
@@ -77,11 +77,13 @@ def fill(
     run = Run(replace(plan, backend="local", runtime=_alone(plan, chosen)), root=root)
     found: list[Filled] = []
     with StopRequest() as stop:
-        for stage in plan.stages:
-            for name, how in chosen.items():
+        for name, how in chosen.items():
+            for stage in plan.stages:
                 if runs(stage, name):
                     folder = stage_folder(folders[name], stage)
                     found.append(_one(run, stage, name, how, folder, resume, shard_bytes, tell, stop))
+            # Each alone has to fit.
+            run.forget(name)
     return found
 
 
@@ -107,7 +109,8 @@ def _one(
     store = Store(folder, fields, rows, shard_bytes=shard_bytes, about=about(node, layout), mend=resume)
     missing = np.flatnonzero(~store.has(range(store.total)))
     filling = FillingTeachers(run.alone(plan, name), store, layout)
-    forward = _whole(plan, name)
+    # Whatever a stage and its metrics read of it is of one plain forward.
+    forward = forwards_of(plan, name)[0]
     done = store.total - len(missing)
     with run.enough(f"run `{name}`", plan, "lower `batch_size`, then go on with `--resume`"):
         for batch in replace(loader, numbered=True).rows(missing.tolist()):
@@ -121,11 +124,6 @@ def _one(
                 raise Stopped(plan.name, done, store.total, folder)
     store.flush()
     return Filled(name, plan.name, folder, store.count, store.bytes, len(missing))
-
-
-def _whole(plan: StagePlan, name: str) -> ForwardPlan:
-    """One plain forward for all that a stage and its metrics read."""
-    return replace(forwards_of(plan, name)[0], shift=0)
 
 
 def _frozen(plan: SpecPlan) -> list[str]:

@@ -329,3 +329,24 @@ def test_all_frozen_teachers_without_a_place(tmp_path, monkeypatch):
     assert filled.folder == folder / "out" / "t" / "main"
     found = run(spec(folder, CLASSIFY, CACHED.replace("kept", "out/t"), OBJECTIVE="soft"))
     assert found.steps
+
+
+def test_of_several_teachers_one_is_in_memory_at_a_time(tmp_path, monkeypatch):
+    folder = classifiers(tmp_path)
+    text = CLASSIFY.replace("student s", 'teacher u = hf("t")\nstudent s').replace(
+        "loss hid", "loss more = kl(s.logits <- u.logits)\nloss hid"
+    )
+    held, original = [], Run.alone
+
+    def alone(self, plan, name):
+        source = original(self, plan, name)
+        held.append(set(self.models))
+        return source
+
+    monkeypatch.setattr(Run, "alone", alone)
+    stages = (
+        text.replace("OBJECTIVE", "soft + more") + "stage again for 1 epoch {\n  batch_size = 4\n  minimize soft\n}\n"
+    )
+    found = cache(spec(folder, stages), out=folder / "out")
+    assert [(filled.model, filled.stage) for filled in found] == [("t", "main"), ("t", "again"), ("u", "main")]
+    assert held == [{"t"}, {"t"}, {"u"}]

@@ -19,6 +19,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from gkd_dsl.meaning.check import check_path
 from gkd_dsl.runtime.errors import RunError
+from gkd_dsl.runtime.run_folder import RunFolder
 
 FEW = ("placement = cached", 'cache = "few"', "top_k = 3")
 
@@ -64,6 +65,22 @@ def test_texts_that_are_masked_anew(tmp_path):
     ((code, message),) = said(spec(folder, text, CACHED, OBJECTIVE="hid"))
     assert code == "E0430"
     assert "stage `main` masks its texts anew in each epoch" in message
+
+
+def test_a_pass_over_other_samples(tmp_path):
+    folder = classifiers(tmp_path)
+    text = CLASSIFY.replace(
+        "loss soft", "pass other = t(roll(batch))\nloss crossed = kl(s.logits <- other.logits)\nloss soft"
+    )
+    ((code, message),) = said(spec(folder, text, CACHED, OBJECTIVE="soft + crossed"))
+    assert (code, message) == (
+        "E0430",
+        "the outputs of `t` cannot be stored: stage `main` runs `t` on more than its texts",
+    )
+    # `cache = auto` runs it each time.
+    path = spec(folder, text, placed("cache = auto"), OBJECTIVE="soft + crossed")
+    live = run(spec(folder, text, OBJECTIVE="soft + crossed", name="live.gkd")).steps
+    assert run(path, RunFolder.create("x", out=folder / "run")).steps == live
 
 
 def pad_left(folder):
