@@ -1,6 +1,7 @@
 """The loop: how long a stage is, what happens when, and what listeners hear."""
 
 import math
+import time
 from dataclasses import replace
 
 import pytest
@@ -79,6 +80,23 @@ def test_a_stage_in_tokens_ends_with_the_step_that_reaches_them():
     assert heard.steps[-1].tokens == sum(counts[:9])
     mean = sum(counts[:6]) / 6
     assert heard.steps[0].total_steps == math.ceil(target / mean)
+
+
+def test_the_tokens_of_a_step_are_those_of_all_its_micro_batches():
+    data = Data(rows=24)
+    mean = sum(data.tokens(made) for made in data.epoch(0)) / 6
+    plan = stage_plan(("hard",), duration=Span(1000, "tokens"), accumulate=3)
+    found = length_of(plan.stage, data)
+    assert found.tokens_per_step == pytest.approx(3 * mean)
+    assert found.total_steps == math.ceil(1000 / (3 * mean))
+
+
+def test_a_warm_up_in_tokens():
+    data = Data(rows=24)
+    mean = sum(data.tokens(made) for made in data.epoch(0)) / 6
+    optim = OptimSpec(lr=1e-3, warmup=Span(4 * mean, "tokens"), decay="constant")
+    heard, _, _ = run(stage_plan(("hard",), duration=Span(6, "steps"), optim=optim), data=data)
+    assert [record.lr for record in heard.steps] == pytest.approx([0.0, 0.25e-3, 0.5e-3, 0.75e-3, 1e-3, 1e-3])
 
 
 def test_every_row_is_seen_once_an_epoch_and_steps_do_not_cross_epochs():
@@ -198,6 +216,34 @@ def test_the_best_weights_are_those_left_at_the_end(tmp_path, saved, monkeypatch
         assert folder.checkpoints.pointed("last").name == "main-5"
 
 
+def test_a_metric_that_is_no_number_is_never_the_best(monkeypatch):
+    from gkd_dsl.runtime import evaluate
+
+    values = iter([math.nan, math.nan, 0.3, math.nan])
+    monkeypatch.setattr(evaluate.Evaluator, "__call__", lambda *given: {"acc": next(values)})
+    plan = stage_plan(
+        duration=Span(3, "steps"), metrics=("acc",), evaluate=evaluating(Span(1, "steps")), keep_best="acc"
+    )
+    heard, result, _ = run(plan)
+    assert [record.best for record in heard.evaluations] == [False, False, True, False]
+    assert result.metrics["main"]["acc"] == 0.3
+
+
+def test_of_a_metric_that_falls_the_least_is_the_best(monkeypatch):
+    from gkd_dsl.runtime import evaluate
+
+    values = iter([0.9, 0.5, 0.2, 0.4])
+    monkeypatch.setattr(evaluate.Evaluator, "__call__", lambda *given: {"acc": next(values)})
+    plan = stage_plan(
+        duration=Span(3, "steps"), metrics=("acc",), evaluate=evaluating(Span(1, "steps")), keep_best="acc"
+    )
+    (item,) = plan.metrics
+    plan = replace(plan, metrics=(replace(item, metric=replace(item.metric, greater_is_better=False)),))
+    heard, result, _ = run(plan)
+    assert [record.best for record in heard.evaluations] == [False, True, True, False]
+    assert result.metrics["main"]["acc"] == 0.2
+
+
 def test_a_model_taught_in_one_stage_teaches_in_the_next():
     heard, result, _ = run(teaching_plan(duration=Span(3, "steps")), stage_plan(order=1, duration=Span(3, "steps")))
     before = models()
@@ -226,6 +272,29 @@ def test_checkpoints_come_when_they_are_due(tmp_path, monkeypatch):
     run(stage_plan(("hard",), duration=Span(7, "steps"), checkpoint_every=Span(3, "steps")), folder=folder)
     assert saved == [3, 6, 7]
     assert sorted(path.name for path in folder.checkpoints.folder.iterdir()) == ["main-6", "main-7"]
+
+
+def test_a_stage_that_says_nothing_saves_every_ten_minutes(tmp_path, monkeypatch):
+    from types import SimpleNamespace
+
+    from gkd_dsl.runtime import loop
+    from gkd_dsl.runtime.checkpoint import Checkpoints
+
+    saved, now = [], [0.0]
+    real = Checkpoints.save
+    monkeypatch.setattr(
+        Checkpoints, "save", lambda self, state, *, best=False: saved.append(state.position.step) or real(self, state)
+    )
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: now[0], perf_counter=time.perf_counter))
+
+    class Slow(Heard):
+        def on_step(self, record):
+            now[0] += 400.0
+
+    plan = stage_plan(("hard",), duration=Span(7, "steps"))
+    folder = RunFolder.create("slow", root=tmp_path)
+    Run(spec(plan), folder=folder, loaders=lambda _: Data(), models=models(), listeners=[Slow()]).run()
+    assert saved == [2, 4, 6, 7]
 
 
 def test_an_evaluation_without_held_out_rows_is_refused():
