@@ -23,7 +23,7 @@ from gkd_dsl.graph.explain_words import (
     through,
 )
 from gkd_dsl.graph.families import indices
-from gkd_dsl.graph.nodes import BatchNode, LossNode, ModelNode, OpNode, ProjectNode, StageNode, TapNode
+from gkd_dsl.graph.nodes import BatchNode, LossNode, ModelNode, OpNode, ProjectNode, StageNode, TapNode, TrainTarget
 from gkd_dsl.graph.passes import compile_plan, liveness, run_passes
 from gkd_dsl.graph.passes.fuse import fuse, fusions, logit_groups
 from gkd_dsl.graph.passes.share import share
@@ -516,9 +516,17 @@ def _trains(plan: StagePlan) -> Iterable[str]:
     blocks = {block.name: block for block in plan.projections}
     for target in plan.stage.trains:
         if target.kind == "model":
-            yield f"{target.name}.{target.part}" if target.part else f"{target.name} ({_all_of(plan, target.name)})"
+            yield _part(plan, target) if target.part else f"{target.name} ({_all_of(plan, target.name)})"
         else:
             yield _block(target.name, blocks.get(target.name))
+
+
+def _part(plan: StagePlan, target: TrainTarget) -> str:
+    """A part of a model as a spec names it; what has no name there by its modules."""
+    info = next((model.info for model in plan.models if model.name == target.name), None)
+    if target.part != "rest" or info is None:
+        return f"{target.name}.{target.part}"
+    return ", ".join(f'{target.name}.module("{module}")' for module in resolve.part_modules(info, "rest"))
 
 
 def _all_of(plan: StagePlan, name: str) -> str:

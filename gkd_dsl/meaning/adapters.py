@@ -89,7 +89,7 @@ def _trained(ctx: Context, scope: Scope, info: ModelInfo, expr: ast.Call) -> Mod
             )  # fmt: skip
             return None
         if name in given:
-            ctx.error(scope, "E0234", f"`lora` takes `{name}` once", arg.span, "again here")
+            ctx.error(scope, "E0241", f"`{name}` is given twice", arg.span, "a second time")
             return None
         if name == "export" and isinstance(arg.value, ast.Name):
             value: Value = Text(arg.value.id)

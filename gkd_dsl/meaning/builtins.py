@@ -30,6 +30,7 @@ from gkd_dsl.meaning.values import (
     Value,
     Word,
     as_schedule,
+    digits,
     kind,
     plain,
     shown,
@@ -100,7 +101,7 @@ def _schedule(ctx: Context, scope: Scope, name: str, expr: ast.Call) -> Value:
     if len(positional) != 1 or not isinstance(positional[0][0], Directed):
         fix = None
         if len(positional) == 2 and all(isinstance(value, Num) for value, _ in positional):
-            first, second = positional[0][1].span, positional[1][1].span
+            first, second = (arg.span for arg in expr.args if arg.name is None)
             fix = replace(first.to(second), f"{first.text} -> {second.text}")
         return ctx.error(
             scope, "E0224", f"`{name}` runs from one number to another", expr.span, f"write `{form}`", fix=fix
@@ -144,10 +145,14 @@ def _stairs(
     return Scheduled(schedules.Stairs(ends[0], ends[1], count.value, until))
 
 
-def _needs_duration(ctx: Context, scope: Scope, what: str, value: Value, written: ast.Expr) -> Value:
+def _needs_duration(
+    ctx: Context, scope: Scope, what: str, value: Value, written: ast.Expr, unit: str = "steps"
+) -> Value:
     hint, fix = "a duration has a unit: `10%`, `500 steps`, `3 epochs`", None
-    if isinstance(value, Num):
-        text = f"{value.value:g} steps" if value.value >= 1 else f"{value.value * 100:g}%"
+    if isinstance(value, Num) and (value.value > 0 or (value.value == 0 and unit == "steps")):
+        text = f"{digits(value.value)} {unit if value.value != 1 else unit.removesuffix('s')}"
+        if value.value < 1 and unit == "steps":
+            text = f"{digits(value.value * 100)}%"
         hint, fix = f"write `{text}`", replace(written.span, text)
     return ctx.error(scope, "E0401", f"{what} is a duration, and this is {kind(value)}", written.span, hint, fix=fix)
 
@@ -180,7 +185,17 @@ def _aligner(ctx: Context, scope: Scope, name: str, expr: ast.Call) -> Value:
                 "write `s.layer`, or some of them: `s.layer[0 ..< 4]`",
             )  # fmt: skip
         sides.append(layers)
-    values = {key: plain(value) for key, (value, _) in named.items() if key != "every"}
+    values: dict[str, object] = {}
+    for key, (value, written) in named.items():
+        if key == "every":
+            continue
+        wants = "true or false" if key == "include_last" else "a whole number"
+        fits = isinstance(value, Truth) if key == "include_last" else isinstance(value, Num) and _whole(value)
+        if not fits:
+            return ctx.error(
+                scope, "E0404", f"`{key}` of `{name}` is {wants}, and this is {shown(value)}", written.span
+            )
+        values[key] = plain(value)
     every = named.get("every")
     try:
         if every is not None:
@@ -191,14 +206,23 @@ def _aligner(ctx: Context, scope: Scope, name: str, expr: ast.Call) -> Value:
     return Items(tuple(Items((Num(sides[0].indices[i]), Num(sides[1].indices[j]))) for i, j in pairs))
 
 
+def _whole(value: Num) -> bool:
+    return isinstance(value.value, int)
+
+
 def _drawn(
     ctx: Context, scope: Scope, sides: list, values: dict[str, object], every: Value, written: ast.Expr
 ) -> Value:
     """A map that is drawn anew: all pairs that may come, each with the schedule of when it counts."""
     if not isinstance(every, Length):
-        return _needs_duration(ctx, scope, "`every`", every, written)
+        return _needs_duration(ctx, scope, "`every`", every, written, "epochs")
     if every.span.unit != "epochs":
-        return ctx.error(scope, "E0401", "a layer map is drawn anew in whole epochs", written.span, "write `1 epoch`")
+        return ctx.error(
+            scope, "E0401", "a layer map is drawn anew in epochs", written.span, "write `1 epoch`",
+            fix=replace(written.span, "1 epoch"),
+        )  # fmt: skip
+    if every.span.amount <= 0:
+        return ctx.error(scope, "E0403", "a layer map is drawn anew after more than nothing", written.span)
     student, teacher = sides
     seed = int(cast(int, values.pop("seed", 0)))
     count = values.pop("n", None)
@@ -354,6 +378,11 @@ def _optimiser(ctx: Context, scope: Scope, name: str, expr: ast.Call) -> Value:
             return _not_a_number(ctx, scope, key, value, written)
         else:
             low, high = _RANGES[key]
+            if key == "clip" and value.value == 0:
+                return ctx.error(
+                    scope, "E0403", "`clip` is 0, so that nothing would be learned", written.span,
+                    "`false` clips nothing", fix=replace(written.span, "false"),
+                )  # fmt: skip
             if not low <= value.value <= high:
                 return ctx.error(
                     scope, "E0403", f"`{key}` is {value.value:g}, outside {low:g} to {high:g}", written.span
@@ -367,8 +396,8 @@ def _optimiser(ctx: Context, scope: Scope, name: str, expr: ast.Call) -> Value:
 def _not_a_number(ctx: Context, scope: Scope, key: str, value: Value, written: ast.Expr) -> Value:
     fix, hint = None, ""
     if isinstance(value, Length) and value.span.unit == "percent":
-        hint = f"write {value.span.amount / 100:g}"
-        fix = replace(written.span, f"{value.span.amount / 100:g}")
+        hint = f"write {digits(value.span.amount / 100)}"
+        fix = replace(written.span, digits(value.span.amount / 100))
     code = "E0401" if isinstance(value, Length) else "E0404"
     return ctx.error(scope, code, f"`{key}` is a number, and this is {kind(value)}", written.span, hint, fix=fix)
 

@@ -111,6 +111,7 @@ def _report(ctx: Context, scope: Scope, call: ast.Call, problem: SourceProblem, 
         fix = replace(span, problem.near[0]) if unknown and problem.near else None
     else:
         code = _CODES[problem.kind]
-        fix = replace(span, f'"{problem.near[0]}"') if problem.near and problem.arg in spans else None
+        one = problem.arg in spans and span.text.startswith('"')
+        fix = replace(span, f'"{problem.near[0]}"') if problem.near and one else None
     label = f"did you mean `{problem.near[0]}`?" if problem.near else ""
     ctx.error(scope, code, problem.message, span, label, notes=[problem.hint] if problem.hint else [], fix=fix)

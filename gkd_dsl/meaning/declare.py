@@ -310,7 +310,7 @@ def _project(ctx: Context, scope: Scope, decl: ast.ProjectDecl, suffix: str) -> 
         elif arg.name is not None and arg.name.text == "init" and isinstance(value, Text) and value.value in _INITS:
             init = value.value
         else:
-            sides = [a.value for a in call.args if a.name is None]
+            sides = [a for a in call.args if a.name is None]
             if len(sides) == 2 and arg.name is None and not isinstance(value, Directed):
                 both, text = sides[0].span.to(sides[1].span), f"{sides[0].span.text} -> {sides[1].span.text}"
                 return ctx.error(

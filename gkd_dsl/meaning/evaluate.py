@@ -38,6 +38,7 @@ from gkd_dsl.meaning.values import (
     Unknown,
     Value,
     as_schedule,
+    digits,
     gated,
     kind,
     plural,
@@ -240,7 +241,8 @@ def _is_formal(scope: Scope, expr: ast.Expr) -> bool:
 
 
 def _unary(ctx: Context, scope: Scope, expr: ast.Unary) -> Value:
-    value = ctx.evaluate(scope, expr.value)
+    value = _instance_total(ctx, scope, ctx.evaluate(scope, expr.value), expr.value)
+    value = paths.as_tensor(ctx, scope, value, expr.value)
     match value:
         case Unknown():
             return UNKNOWN
@@ -354,8 +356,8 @@ def _loss_arithmetic(ctx: Context, scope: Scope, expr: ast.Binary, left: Value, 
     weight = as_schedule(other)
     if weight is not None and (expr.op == "*" or (expr.op == "/" and isinstance(left, Loss))):
         if expr.op == "/":
-            if weight == schedules.Constant(0.0):
-                return ctx.error(scope, "E0216", "division by zero", expr.right.span)
+            if _may_be_zero(weight):
+                return _by_zero(ctx, scope, weight, expr)
             weight = schedules.combine("/", schedules.Constant(1.0), weight)
         return scale(loss, weight)
     if weight is not None and expr.op in ("+", "-"):
@@ -383,7 +385,7 @@ def _unit(ctx: Context, scope: Scope, expr: ast.Binary, left: Value, right: Valu
     assert isinstance(length, Length)
     fix, hint = None, "numbers and schedules have no unit"
     if length.span.unit == "percent":
-        text = f"{length.span.amount / 100:g}"
+        text = digits(length.span.amount / 100)
         fix, hint = replace(written.span, text), f"write `{text}`"
     return ctx.error(scope, "E0401", f"{kind(length)} stands where a number belongs", written.span, hint, fix=fix)
 
@@ -394,7 +396,25 @@ def _number_arithmetic(ctx: Context, scope: Scope, expr: ast.Binary, left: Value
     first, second = as_schedule(left), as_schedule(right)
     if first is None or second is None:
         return _unfit(ctx, scope, expr, left, right)
+    if expr.op == "/" and _may_be_zero(second):
+        return _by_zero(ctx, scope, second, expr)
     return Scheduled(schedules.combine(cast(Literal["+", "-", "*", "/"], expr.op), first, second))
+
+
+def _may_be_zero(divisor: schedules.Schedule) -> bool:
+    """Whether a schedule is known to reach, or to pass, 0."""
+    limits = schedules.bounds(divisor)
+    return limits is not None and limits[0] <= 0.0 <= limits[1]
+
+
+def _by_zero(ctx: Context, scope: Scope, divisor: schedules.Schedule, expr: ast.Binary) -> Value:
+    if isinstance(divisor, schedules.Constant):
+        return ctx.error(scope, "E0216", "division by zero", expr.right.span)
+    low, high = schedules.bounds(divisor) or (0.0, 0.0)
+    return ctx.error(
+        scope, "E0216", "this schedule can be zero, and something is divided by it", expr.right.span,
+        f"from {low:g} to {high:g}",
+    )  # fmt: skip
 
 
 def _of_numbers(ctx: Context, scope: Scope, expr: ast.Binary, a: int | float, b: int | float) -> Value:

@@ -8,12 +8,15 @@ from collections.abc import Mapping
 from gkd_dsl.diagnostics import Edit, Fix, Label
 from gkd_dsl.meaning.context import Context, replace
 from gkd_dsl.meaning.scope import Scope
-from gkd_dsl.meaning.values import Block, Length, Tensor, Value, kind
+from gkd_dsl.meaning.values import Block, Length, Tensor, Value, digits, kind
+from gkd_dsl.ops import registry
 from gkd_dsl.ops.registry import OpSpec
 from gkd_dsl.ops.typing import Mismatch
 from gkd_dsl.syntax import ast
 from gkd_dsl.text import Span
 from gkd_dsl.types import Dim
+
+_STARTS = re.compile(r"[ \t]*(?:loss|let|metric|minimize|project|total|mask|stage|counter|policy|pass)\b")
 
 
 def report(
@@ -71,7 +74,7 @@ def unit(ctx: Context, scope: Scope, name: str, spec: OpSpec, value: Value, wher
     """A duration or a percentage where a number belongs."""
     fix, hint = None, "a number has no unit"
     if isinstance(value, Length) and value.span.unit == "percent":
-        text = f"{value.span.amount / 100:g}"
+        text = digits(value.span.amount / 100)
         fix, hint = replace(where.span, text), f"write {text}"
     return ctx.error(
         scope, "E0401", f"`{name}` of `{spec.name}` is a number, and this is {kind(value)}", where.span, hint, fix=fix
@@ -117,7 +120,7 @@ def _axis(
     sources = origins(ctx, first, second)
     names = {dim.name.rsplit(".", 1)[-1] for dim in (first, second)}
     if names == {"V"}:
-        trim = _trim(expr)
+        trim = _trim(spec, expr)
         return ctx.error(
             scope,
             "E0320",
@@ -179,24 +182,33 @@ def _declared(ctx: Context, dim: Dim) -> str:
 
 
 def as_many(ctx: Context, scope: Scope, model: str, count: str) -> Fix | None:
-    """The fix that declares a model with so many classes; None where its declaration is not in sight."""
+    """The fix that declares a model with so many classes; None where that cannot be written at its declaration."""
     definition = ctx.root_scope.names.get(model)
     decl = definition.decl if definition is not None else None
     if scope.uses or not isinstance(decl, ast.ModelDecl) or not isinstance(decl.value, ast.Call):
+        return None
+    if isinstance(decl.value.func, ast.Name) and decl.value.func.id == "cached":
         return None
     title = f"give `{model}` as many classes"
     for arg in decl.value.args:
         if arg.name is not None and arg.name.text == "num_labels":
             return replace(arg.value.span, count, title)
     end = decl.value.span.end - 1
-    return Fix(title, (Edit(Span(decl.span.source, end, end), f", num_labels = {count}"),))
+    behind = decl.span.source.text[decl.value.args[-1].span.end : end] if decl.value.args else ","
+    comma = "" if "," in re.sub(r"#[^\r\n]*", "", behind) else ","
+    return Fix(title, (Edit(Span(decl.span.source, end, end), f"{comma} num_labels = {count}"),))
 
 
-def _trim(expr: ast.Expr) -> Fix | None:
-    if not isinstance(expr, ast.Call) or not expr.args:
+def _trim(spec: OpSpec, expr: ast.Expr) -> Fix | None:
+    """The fix that compares the ids that both sides have; None for an operator that cannot."""
+    if not isinstance(expr, ast.Call) or not expr.args or not registry.has_argument(spec, "align"):
         return None
+    title = "compare the common vocabulary"
+    for arg in expr.args:
+        if arg.name is not None and arg.name.text == "align":
+            return replace(arg.value.span, '"trim"', title)
     end = expr.args[-1].span.end
-    return Fix("compare the common vocabulary", (Edit(Span(expr.span.source, end, end), ', align = "trim"'),))
+    return Fix(title, (Edit(Span(expr.span.source, end, end), ', align = "trim"'),))
 
 
 def _projection(ctx: Context, scope: Scope, first: Dim, second: Dim, side: Span) -> Fix | None:
@@ -214,7 +226,9 @@ def _projection(ctx: Context, scope: Scope, first: Dim, second: Dim, side: Span)
     name = next(n for n in ("W", *(f"W{k}" for k in range(2, 100))) if n not in taken)
     source = side.source
     line_start = side.start - (side.column - 1)
-    while line_start > 0 and _continues(source.text, line_start):
+    while _continues(source.text, line_start):
+        if line_start == 0:
+            return None
         line_start = source.text.rfind("\n", 0, line_start - 1) + 1
     indent = re.match(r"[ \t]*", source.text[line_start:])
     prefix = indent.group(0) if indent else ""
@@ -232,4 +246,4 @@ def _projection(ctx: Context, scope: Scope, first: Dim, second: Dim, side: Span)
 
 def _continues(text: str, line_start: int) -> bool:
     """Whether the line belongs to a statement that began above: it does not start with a keyword."""
-    return re.match(r"[ \t]*(loss|let|metric|minimize|project|total|mask)\b", text[line_start:]) is None
+    return _STARTS.match(text, line_start) is None

@@ -218,15 +218,16 @@ def _every(ctx: Context, scope: Scope, base: Value | None, expr: ast.Expr) -> Va
         found[name] = value
     count = base.info.size("N") if isinstance(base, Model) else None
     step, start = found.get("step"), found.get("start", Num(0))
-    if not isinstance(step, Num) or not isinstance(start, Num) or step.value < 1 or start.value < 0:
+    whole = all(isinstance(given, Num) and isinstance(given.value, int) for given in (step, start))
+    if not whole or step.value < 1 or start.value < 0:  # type: ignore[union-attr]
         return ctx.error(scope, "E0404", "`every` takes whole numbers: a step from 1, a start from 0", expr.span)
     if count is None:
         return ctx.error(scope, "E0508", "`every` counts the blocks of a model of this spec", expr.span)
-    return Items(tuple(Num(n) for n in range(int(start.value), count, int(step.value))))
+    return Items(tuple(Num(n) for n in range(start.value, count, step.value)))  # type: ignore[arg-type, union-attr]
 
 
 def _are_layers(value: object) -> bool:
-    return isinstance(value, tuple) and all(isinstance(n, int) for n in value)
+    return isinstance(value, tuple) and all(isinstance(n, int) and not isinstance(n, bool) for n in value)
 
 
 def _name_span(expr: ast.Call, name: str) -> Span:

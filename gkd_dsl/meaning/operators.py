@@ -155,7 +155,7 @@ def _two_sides(ctx: Context, scope: Scope, spec: registry.OpSpec, positional: li
     sides = [arg for arg in expr.args if arg.name is None]
     if not pairs or len(sides) < 2 or any(isinstance(p, PairOf) for p in positional):
         return False
-    first, second = sides[0].value, sides[1].value
+    first, second = sides[0], sides[1]
     written = first.span.to(second.span)
     roles = [{ctx.models[name].role for name in p.reads} if isinstance(p, Tensor) else set() for p in positional[:2]]
     if roles == [{"teacher"}, {"student"}]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from gkd_dsl import schedules
@@ -21,6 +22,7 @@ from gkd_dsl.meaning.values import (
     Unknown,
     Value,
     as_schedule,
+    digits,
     kind,
     plain,
 )
@@ -101,7 +103,18 @@ def fit(
     if not known_type(ctx, scope, type_):
         return UNKNOWN
     wanted = type_.name.text
-    fits = {
+    if not _is(value, wanted):
+        return _wrong_type(ctx, scope, name, value, wanted, within, span)
+    if wanted == "float" and isinstance(value, Num):
+        value = Num(float(value.value), value.dim)
+    if within is not None and not _inside(ctx, scope, name, value, within, wanted, span):
+        return UNKNOWN
+    return value
+
+
+def _is(value: Value, wanted: str) -> bool:
+    """Whether a value is of a type of parameters."""
+    return {
         "float": isinstance(value, Num),
         "int": isinstance(value, Num) and isinstance(value.value, int),
         "bool": isinstance(value, Truth),
@@ -113,79 +126,104 @@ def fit(
         "source": isinstance(value, Source),
         "model": isinstance(value, Model),
     }[wanted]
-    if not fits:
-        return _wrong_type(ctx, scope, name, value, wanted, within, span)
-    if wanted == "float" and isinstance(value, Num):
-        value = Num(float(value.value), value.dim)
-    if within is not None and not _inside(ctx, scope, name, value, within, span):
-        return UNKNOWN
-    return value
 
 
 def _wrong_type(
     ctx: Context, scope: Scope, name: str, value: Value, wanted: str, within: ast.Range | None, span: Span
 ) -> Value:
-    fix, hint, code = None, f"declared as `{wanted}`", "E0404"
+    text, hint, code = "", f"declared as `{wanted}`", "E0404"
     if isinstance(value, Length) and wanted in ("float", "int", "schedule"):
         code = "E0401"
         if value.span.unit == "percent" and wanted != "int":
-            hint = f"write {value.span.amount / 100:g}"
-            fix = replace(span, f"{value.span.amount / 100:g}")
+            text = digits(value.span.amount / 100)
+            hint = f"write {text}"
         else:
             hint = "a number has no unit" if within is None else f"a number in {within.span.text}, without a unit"
-            if within is None or _holds(ctx, scope, within, value.span.amount):
-                fix = replace(span, f"{value.span.amount:g}")
+            text = digits(value.span.amount)
     elif isinstance(value, Num | Length) and wanted in ("duration", "ratio"):
         code, hint = "E0401", "give it a unit: `10%`, `500 steps`"
         if isinstance(value, Num) and 0 <= value.value <= 1:
-            fix = replace(span, f"{value.value * 100:g}%")
+            text = f"{digits(value.value * 100)}%"
     elif isinstance(value, Text) and wanted in ("float", "int") and _is_number(value.value):
         hint = "without the quotes"
-        fix = replace(span, value.value.strip())
+        text = value.value.strip()
     elif isinstance(value, Num) and wanted == "int":
         hint = "a whole number has no decimals"
-        fix = replace(span, str(round(value.value)))
+        text = str(round(value.value))
+    fix = replace(span, text) if text and _would_do(ctx, scope, text, wanted, within) else None
     return ctx.error(scope, code, f"`{name}` takes {TYPES[wanted]}, and this is {kind(value)}", span, hint, fix=fix)
+
+
+def _would_do(ctx: Context, scope: Scope, text: str, wanted: str, within: ast.Range | None) -> bool:
+    """Whether a number or a duration as it is written is of a type, and in a range."""
+    value = ctx.evaluate(scope, parse_expression(text, text))
+    if not _is(value, wanted):
+        return False
+    ends = _ends(ctx, scope, within) if within is not None else None
+    return ends is None or all(_between(number, ends, within) for number in _numbers(value))
 
 
 def _is_number(text: str) -> bool:
     return re.fullmatch(r"\s*\d+(\.\d+)?(e-?\d+)?\s*", text) is not None
 
 
-def _holds(ctx: Context, scope: Scope, within: ast.Range, number: float) -> bool:
-    """Whether a range of plain numbers holds a number."""
+def _ends(ctx: Context, scope: Scope, within: ast.Range) -> tuple[float, float] | None:
+    """The two numbers of a range; None where they are none."""
     low, high = ctx.evaluate(scope, within.lo), ctx.evaluate(scope, within.hi)
-    return isinstance(low, Num) and isinstance(high, Num) and low.value <= number <= high.value
+    return (low.value, high.value) if isinstance(low, Num) and isinstance(high, Num) else None
 
 
-def _inside(ctx: Context, scope: Scope, name: str, value: Value, within: ast.Range, span: Span) -> bool:
-    ends = [ctx.evaluate(scope, end) for end in (within.lo, within.hi)]
-    if not all(isinstance(end, Num) for end in ends):
-        if not any(isinstance(end, Unknown) for end in ends):
+def _numbers(value: Value) -> list[float]:
+    """What has to lie in a range: a number, a schedule's bounds, a duration in its unit, a percentage as a share."""
+    if isinstance(value, Scheduled):
+        return list(schedules.bounds(value.schedule) or ())
+    if isinstance(value, Num):
+        return [float(value.value)]
+    if isinstance(value, Length):
+        return [value.span.amount / 100 if value.span.unit == "percent" else value.span.amount]
+    return []
+
+
+def _between(number: float, ends: tuple[float, float], within: ast.Range | None) -> bool:
+    low, high = ends
+    return low <= number and (number <= high if within is None or within.inclusive else number < high)
+
+
+def _inside(ctx: Context, scope: Scope, name: str, value: Value, within: ast.Range, wanted: str, span: Span) -> bool:
+    given = [ctx.evaluate(scope, end) for end in (within.lo, within.hi)]
+    ends = _ends(ctx, scope, within)
+    if ends is None:
+        if not any(isinstance(end, Unknown) for end in given):
             ctx.error(scope, "E0406", "a range runs between numbers", within.span)
         return False
-    low, high = (float(end.value) for end in ends if isinstance(end, Num))
+    low, high = ends
     if low > high:
         ctx.error(scope, "E0406", f"this range is empty: {low:g} is above {high:g}", within.span)
         return False
-    if isinstance(value, Scheduled):
-        bounds = schedules.bounds(value.schedule)
-        numbers = list(bounds) if bounds is not None else []
-    elif isinstance(value, Num):
-        numbers = [float(value.value)]
-    elif isinstance(value, Length):
-        numbers = [value.span.amount / 100 if value.span.unit == "percent" else value.span.amount]
-    else:
-        numbers = []
-    for number in numbers:
-        if not (low <= number and (number <= high if within.inclusive else number < high)):
-            nearest = min(max(number, low), high)
+    for number in _numbers(value):
+        if not _between(number, ends, within):
+            near = _nearest(value, number, ends, within, wanted)
+            fits = near is not None and _would_do(ctx, scope, near, wanted, within)
             ctx.error(
                 scope, "E0403", f"`{name}` is {number:g}, outside {within.span.text}", span,
-                f"the nearest is {nearest:g}", fix=replace(span, f"{nearest:g}"),
+                f"the nearest is {near}" if fits else "", fix=replace(span, near) if fits and near else None,
             )  # fmt: skip
             return False
     return True
+
+
+def _nearest(value: Value, number: float, ends: tuple[float, float], within: ast.Range, wanted: str) -> str | None:
+    """What of a range is nearest to a number outside of it, as it is written; None where a range has no last number."""
+    low, high = ends
+    if wanted == "int":
+        return str(math.ceil(low) if number < low else math.floor(high) if within.inclusive else math.ceil(high) - 1)
+    if number >= high and not within.inclusive:
+        return None
+    end = low if number < low else high
+    if not isinstance(value, Length):
+        return digits(end)
+    unit = value.span.unit
+    return f"{digits(end * 100)}%" if unit == "percent" else f"{digits(end)} {unit}"
 
 
 def unknown_overrides(ctx: Context, scope: Scope) -> None:

@@ -110,6 +110,7 @@ def _streamed(
     name, chunks = stmt.name.text, _word(settings, "placement") == "gemini"
     how = "held in Gemini's chunks" if chunks else "streamed by block"
     made_from = _bases(plan, name) if chunks else set()
+    in_chunks = any(key in settings for key in _IN_CHUNKS)
     for stage in plan.stages:
         forwards = [*stage.forwards, *(forward for item in stage.metrics for forward in item.forwards)]
         reason = None
@@ -124,7 +125,7 @@ def _streamed(
         if reason is not None:
             ctx.error(
                 scope, "E0432", f"`{name}` cannot be {how}: {reason}", settings["placement"].span,
-                "placed here", fix=replace(settings["placement"].value.span, "resident"),
+                "placed here", fix=replace(settings["placement"].value.span, "resident") if not in_chunks else None,
             )  # fmt: skip
             return
 

@@ -203,7 +203,7 @@ def _arguments(
             return None
         name = arg.name.text
         if name in found:
-            ctx.error(scope, "E0234", f"`{name}` is given twice", arg.span, "again here")
+            ctx.error(scope, "E0241", f"`{name}` is given twice", arg.span, "a second time")
             return None
         rule = known[name]
         value = (

@@ -53,9 +53,11 @@ def _may_train(ctx: Context, tap: TapNode, trained: Training) -> bool:
 
 
 def _depth_of_part(info: ModelInfo, part: str | None) -> int:
-    """0 for the embeddings (or all), i + 1 for block i, one more than the body for a head of its own."""
+    """0 for the embeddings (or all), i + 1 for block i, one more for what is behind them, then a head of its own."""
     if part is not None and part.startswith("layer."):
         return int(part.removeprefix("layer.")) + 1
+    if part == "rest":
+        return (info.size("N") or 0) + 1
     # The head of a language model may share its weight with the embeddings.
     if part == "head" and info.task == "classification":
         return (info.size("N") or 0) + 2

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from gkd_dsl.diagnostics import Label
+from gkd_dsl.diagnostics import Fix, Label
 from gkd_dsl.graph.nodes import AttrValue
 from gkd_dsl.meaning.context import Context, replace, suggest
 from gkd_dsl.meaning.scope import Scope
-from gkd_dsl.meaning.values import Length, Num, Optimiser, Source, Text, Truth, Unknown, Value, kind, plain
+from gkd_dsl.meaning.values import Length, Num, Optimiser, Source, Text, Truth, Unknown, Value, digits, kind, plain
 from gkd_dsl.syntax import ast
 from gkd_dsl.text import Span
 
@@ -151,12 +151,10 @@ def _value(ctx: Context, scope: Scope, rule: SettingRule, name: str, expr: ast.E
     if not fits:
         code = "E0401" if isinstance(value, Length) or rule.kind == "duration" else "E0404"
         fix = None
-        if rule.kind == "duration" and isinstance(value, Num):
-            fix = replace(expr.span, f"{value.value:g} steps")
-        elif isinstance(value, Length) and rule.kind == "int":
-            fix = replace(expr.span, f"{value.span.amount:g}")
-        elif isinstance(value, Length) and rule.kind == "float" and value.span.unit == "percent":
-            fix = replace(expr.span, f"{value.span.amount / 100:g}")
+        if rule.kind == "duration" and isinstance(value, Num) and value.value > 0:
+            fix = replace(expr.span, f"{digits(value.value)} steps")
+        elif isinstance(value, Length):
+            fix = _without_unit(rule, value, expr.span)
         return ctx.error(
             scope, code, f"`{name}` is {_WANTS[rule.kind]}, and this is {kind(value)}", expr.span, rule.doc, fix=fix
         )
@@ -165,9 +163,25 @@ def _value(ctx: Context, scope: Scope, rule: SettingRule, name: str, expr: ast.E
         bounds = f"{_number(low)} to {_number(high)}"
         return ctx.error(
             scope, "E0403", f"`{name}` is {value.value}, outside {bounds}", expr.span, rule.doc,
-            fix=replace(expr.span, _number(min(max(value.value, low), high))),
+            fix=replace(expr.span, str(_nearest(value.value, low, high))),
         )  # fmt: skip
     return value
+
+
+def _without_unit(rule: SettingRule, value: Length, span: Span) -> Fix | None:
+    """The number of a duration or a percentage where a number belongs, if it is one that fits there."""
+    if rule.kind == "float" and value.span.unit != "percent":
+        return None
+    amount = value.span.amount / 100 if rule.kind == "float" else value.span.amount
+    fits = rule.kind == "float" or (rule.kind == "int" and amount == int(amount))
+    held = rule.low is not None and rule.high is not None and rule.low <= amount <= rule.high
+    return replace(span, digits(amount)) if fits and held else None
+
+
+def _nearest(value: float, low: float, high: float) -> float:
+    """The end of a range that a number outside of it is nearer to."""
+    end = low if value < low else high
+    return int(end) if end == int(end) else end
 
 
 def _number(value: float) -> str:

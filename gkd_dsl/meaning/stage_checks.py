@@ -61,10 +61,10 @@ def reach(
         if short and any(trained.trains(tap.model) for tap in short):
             ends = ", ".join(dict.fromkeys(f"`{tap.model}.{tap.path}`" for tap in short))
             notes = [f"its gradient ends at {ends}, before the parts that this stage trains"]
-        elif teachers and not trained.said:
+        elif teachers and not trained.said and ctx.models[teachers[0]].role == "teacher":
             name = teachers[0]
             notes = [f"`{name}` is a teacher, which is not trained unless the stage says so"]
-            fix = _train(minimize, name)
+            fix = _train(minimize, name, trained)
         elif teachers:
             notes = [f"its gradient reaches {', '.join(teachers)}, which this stage does not train"]
         else:
@@ -118,13 +118,18 @@ def held_out(ctx: Context, scope: Scope, decl: ast.Stage, source: SourceSpec | N
     )  # fmt: skip
 
 
-def _train(minimize: ast.Minimize, name: str) -> Fix:
+def _train(minimize: ast.Minimize, name: str, trained: Training) -> Fix | None:
+    """The fix that trains a teacher beside what is trained already; None where that has no name of its own."""
+    others = [target.name.split(".")[0] for target in trained.targets]
+    if any("/" in other for other in others) or any(target.part is not None for target in trained.targets):
+        return None
+    listed = ", ".join(dict.fromkeys((*others, name)))
     span = minimize.span
     line_start = span.start - (span.column - 1)
     indent = span.source.text[line_start : span.start]
-    return Fix(
-        f"train `{name}` in this stage", (Edit(Span(span.source, line_start, line_start), f"{indent}train {name}\n"),)
-    )
+    # In a block of one line the statement stands right before.
+    place, indent = (line_start, indent) if not indent.strip() else (span.start, "")
+    return Fix(f"train `{name}` in this stage", (Edit(Span(span.source, place, place), f"{indent}train {listed}\n"),))
 
 
 def batch(ctx: Context, scope: Scope, decl: ast.Stage, node: StageNode, source: SourceSpec | None) -> None:
@@ -157,7 +162,7 @@ def batch(ctx: Context, scope: Scope, decl: ast.Stage, node: StageNode, source: 
                 decl.name.span, "needs it", labels=labels,
                 notes=['say which column holds the labels: `label = "..."`'] if column == "labels" else [],
             )  # fmt: skip
-        elif columns[column].dims != read.type.dims:
+        elif columns[column] != read.type:
             ctx.error(
                 scope, "E0506", f"`batch.{column}` of `{source.name}` is {columns[column]}, and stage `{node.name}` "
                 f"reads {read.type}", decl.name.span,

@@ -272,8 +272,15 @@ def _evaluations(ctx: Context, scope: Scope, decl: ast.Stage) -> tuple[list[Eval
             every = schedules.Span(stmt.every.value, stmt.every.unit)
         if names:
             evaluations.append(EvaluateSpec(tuple(names), every))
+    kept: ast.KeepBest | None = None
     for stmt in decl.body:
         if isinstance(stmt, ast.KeepBest):
+            if kept is not None:
+                ctx.error(
+                    scope, "E0245", "`keep best by` stands twice", stmt.span, "again here",
+                    labels=[Label(kept.span, "the first", primary=False)],
+                )  # fmt: skip
+            kept = stmt
             value = ctx.evaluate(scope, ast.Name(stmt.metric.span, stmt.metric.text))
             if isinstance(value, Metric):
                 if not any(value.name in spec.metrics for spec in evaluations):

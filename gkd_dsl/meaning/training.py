@@ -6,10 +6,12 @@ from dataclasses import dataclass
 
 from gkd_dsl import schedules
 from gkd_dsl.graph.nodes import TrainTarget
-from gkd_dsl.meaning import adapters
+from gkd_dsl.meaning import adapters, paths
 from gkd_dsl.meaning.context import Context
 from gkd_dsl.meaning.scope import Scope
 from gkd_dsl.meaning.values import Block, Family, Items, Layers, Loss, Model, TapPart, Unknown, Value, kind
+from gkd_dsl.models.errors import ModelError
+from gkd_dsl.models.resolve import has_rest, part_modules
 from gkd_dsl.syntax import ast
 
 PARTS = ("body", "embed", "head")
@@ -72,7 +74,24 @@ def _targets(ctx: Context, scope: Scope, written: ast.Expr, carries: frozenset[s
             scope, "E0417", f"{_what(value, written)} is not something that trains", written.span,
             "a model, `s.body`, `s.embed`, `s.head`, `s.layer[i]`, or a projection",
         )  # fmt: skip
-    return found
+    return found if found is None or _there(ctx, scope, found, written) else None
+
+
+def _there(ctx: Context, scope: Scope, found: list[TrainTarget], written: ast.Expr) -> bool:
+    """Whether the models have the parts that are listed; else it was reported."""
+    for target in found:
+        info = ctx.models[target.name].info if target.kind == "model" and target.name in ctx.models else None
+        if target.part is None or info is None or info.formal:
+            continue
+        try:
+            part_modules(info, target.part)
+        except ModelError as error:
+            ctx.error(
+                scope, "E0417", f"`{written.span.text}` does not train: {error.reason}", written.span, error.hint,
+                notes=paths.defined(ctx.models[target.name]),
+            )  # fmt: skip
+            return False
+    return True
 
 
 def _frozen(ctx: Context, target: TrainTarget) -> bool:
@@ -115,7 +134,7 @@ def _of(value: Value, carries: frozenset[str]) -> list[TrainTarget] | None:
                 return [TrainTarget("model", model.name, name)]
             if name == "layer":
                 count = model.info.size("N") or 0
-                numbers = range(count) if index is None else [int(index[0]) % count]
+                numbers = range(count) if index is None else [int(index[0]) % count if count else 0]
                 return [TrainTarget("model", model.name, f"layer.{i}") for i in numbers]
         case Items():
             found: list[TrainTarget] = []
@@ -131,17 +150,29 @@ def _of(value: Value, carries: frozenset[str]) -> list[TrainTarget] | None:
 def _without(
     ctx: Context, scope: Scope, targets: list[TrainTarget], frozen: list[TrainTarget], written: ast.Expr
 ) -> list[TrainTarget]:
-    """The targets less what is frozen; a part frozen out of a whole model leaves its other parts."""
+    """The targets less what is frozen; a part frozen out of a model, or out of its body, leaves the other parts."""
     left = list(targets)
     for target in frozen:
-        if target in left:
-            left.remove(target)
-        elif target.part is None:
+        if target.kind == "project" or target.part is None:
             left = [other for other in left if (other.kind, other.name) != (target.kind, target.name)]
-        elif TrainTarget("model", target.name) in left:
-            left.remove(TrainTarget("model", target.name))
-            count = ctx.models[target.name].info.size("N") or 0
-            parts = ["embed", *(f"layer.{i}" for i in range(count)), "head"]
-            gone = {"body": parts[:-1]}.get(target.part, [target.part])
-            left += [TrainTarget("model", target.name, part) for part in parts if part not in gone]
+            continue
+        gone = set(_parts(ctx, target))
+        kept: list[TrainTarget] = []
+        for other in left:
+            parts = _parts(ctx, other) if (other.kind, other.name) == ("model", target.name) else []
+            if gone.isdisjoint(parts):
+                kept.append(other)
+            else:
+                kept += [TrainTarget("model", other.name, part) for part in parts if part not in gone]
+        left = kept
     return left
+
+
+def _parts(ctx: Context, target: TrainTarget) -> list[str]:
+    """The parts of a model that a target is made of, none inside another."""
+    if target.part not in (None, "body"):
+        return [target.part or ""]
+    info = ctx.models[target.name].info
+    count = info.size("N") or 0
+    body = ["embed", *(f"layer.{i}" for i in range(count)), *(["rest"] if has_rest(info) else [])]
+    return body if target.part == "body" or info.task == "encoder" else [*body, "head"]

@@ -420,6 +420,11 @@ def plural(count: int, one: str, many: str) -> str:
     return f"{count} {one if count == 1 else many}"
 
 
+def digits(number: float) -> str:
+    """A number as a fix writes it: all its digits, none of those that a division leaves behind."""
+    return str(int(number)) if number == int(number) and abs(number) < 1e15 else f"{number:.12g}"
+
+
 def shown(value: Value) -> str:
     """What a value is where a whole number belongs: "1.5", "a list"."""
     return f"{value.value:g}" if isinstance(value, Num) else kind(value)

@@ -239,7 +239,8 @@ def part_modules(info: ModelInfo, part: str) -> tuple[str, ...]:
     """The modules of a part of a model, relative to the whole model with a head.
 
     `embed` is the embeddings, `layer.3` a block, `body` the base model (embeddings, blocks, final norm,
-    pooler), `head` what lies outside it. A language model's head may share its weight with the embeddings.
+    pooler), `rest` what of it is neither embeddings nor a block, `head` what lies outside it. A language model's head
+    may share its weight with the embeddings.
 
     Raises ModelError for a part that the model lacks.
     """
@@ -247,7 +248,7 @@ def part_modules(info: ModelInfo, part: str) -> tuple[str, ...]:
     names = ("body", "embed", "head", "layer[i]")
     if part == "head" and info.task == "encoder":
         raise ModelError(f"{info.architecture} has no head", "its parts are body, embed and layer[i]")
-    if part not in ("body", "embed", "head") and not part.startswith("layer."):
+    if part not in ("body", "embed", "rest", "head") and not part.startswith("layer."):
         raise ModelError(f"a model has no part {part}", f"its parts are {', '.join(names)}", near_misses(part, names))
     if family is None:
         raise ModelError(f'parts of a model of type "{info.config.get("model_type", "?")}" are not known')
@@ -259,10 +260,23 @@ def part_modules(info: ModelInfo, part: str) -> tuple[str, ...]:
         return family.heads[info.task]
     if part == "embed":
         return tuple(prefix + module for module in family.embeddings)
+    if part == "rest":
+        return tuple(prefix + module for module in _rest(info, family))
     index, count = part.removeprefix("layer."), info.size("N") or 0
     if not index.isdecimal() or int(index) >= count:
         raise ModelError(f"a {info.architecture} has no part {part}", f"its layers run from 0 to {count - 1}")
     return (f"{prefix}{family.blocks}.{index}",)
+
+
+def has_rest(info: ModelInfo) -> bool:
+    """Whether the body of a model has a final norm or a pooler, which are neither embeddings nor a block."""
+    family = FAMILIES.get(info.family or "")
+    return family is not None and bool(_rest(info, family))
+
+
+def _rest(info: ModelInfo, family: Family) -> list[str]:
+    pooler = family.pooler if info.has_pooler else None
+    return [module for module in (family.final_norm, pooler) if module is not None]
 
 
 def _row(info: ModelInfo, name: str, text: str, path: TapPath) -> TapRow:
@@ -426,6 +440,7 @@ __all__ = [
     "TapError",
     "TapRow",
     "canonical",
+    "has_rest",
     "hook",
     "last_needed",
     "list_taps",

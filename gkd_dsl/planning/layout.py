@@ -200,7 +200,7 @@ def trained(stage: StagePlan, node: ModelNode) -> Trained:
         where = target.part or "body"
         if where.startswith("layer."):
             first = min(first, int(where.removeprefix("layer.")) + 1)
-        elif where != "head":
+        elif where not in ("rest", "head"):
             first = min(first, lowest)
     return Trained(sum(names.values()), largest, first if names else 0)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from gkd_dsl.graph.nodes import AttrValue
 from gkd_dsl.models.info import Task
 from gkd_dsl.sources.arguments import SOURCES, SourceKind, SourceProblem, bind_source, filled
-from gkd_dsl.sources.labels import label_map, number_of
+from gkd_dsl.sources.labels import label_map, number_of, written
 from gkd_dsl.sources.readers import (
     ReadError,
     csv_table,
@@ -148,7 +148,7 @@ def _disagreements(args: Mapping[str, AttrValue]) -> Iterator[SourceProblem]:
         if args.get(name) not in (None, ()) and "label" in args and not labelled:
             yield SourceProblem(name, f"`{name}` needs a label column, and none is named", hint='add `label = "..."`')
     labels = args.get("labels")
-    if isinstance(labels, tuple) and len(set(labels)) < len(labels):
+    if isinstance(labels, tuple) and len({written(label) for label in labels}) < len(labels):
         yield SourceProblem("labels", "a label stands twice in `labels`")
     if args.get("prompt") and not args.get("completion"):
         yield SourceProblem("prompt", "`prompt` needs `completion`, the column that is learned")

@@ -72,7 +72,7 @@ def label_map(args: Mapping[str, AttrValue], task: str, found: Iterable[str] | N
         return LabelMap("threshold", threshold=float(threshold), classes=2)
     labels = args.get("labels")
     if isinstance(labels, tuple) and labels:
-        names = tuple(_written(label) for label in labels)
+        names = tuple(written(label) for label in labels)
         return LabelMap("names", names, classes=len(names))
     distinct = sorted({label.strip() for label in found or ()})
     if not distinct:
@@ -89,7 +89,7 @@ def label_map(args: Mapping[str, AttrValue], task: str, found: Iterable[str] | N
     return LabelMap("numbers", classes=int(values[-1]) + 1)
 
 
-def _written(label: AttrValue) -> str:
+def written(label: AttrValue) -> str:
     """A label of the `labels` list as it stands in a file."""
     if isinstance(label, bool):
         return str(label).lower()

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from lark import Token, Tree
 
-from gkd_dsl.diagnostics import Diagnostics
+from gkd_dsl.diagnostics import Diagnostics, Label
 from gkd_dsl.syntax import ast
 from gkd_dsl.text import Source, Span
 
@@ -65,6 +65,21 @@ class ExpressionBuilder:
     def names(self, tree: Tree | None) -> tuple[ast.Ident, ...]:
         """The names of a list of names."""
         return tuple(self.ident(cast(Token, token)) for token in tree.children) if tree is not None else ()
+
+    def once(self, names: tuple[ast.Ident, ...]) -> tuple[ast.Ident, ...]:
+        """Names that are bound together; one that stands twice is reported, `_` may."""
+        seen: dict[str, ast.Ident] = {}
+        for name in names:
+            first = seen.setdefault(name.text, name)
+            if first is not name and name.text not in ("_", ""):
+                self.diagnostics.error(
+                    "E0245",
+                    f"`{name.text}` stands twice",
+                    name.span,
+                    "again here",
+                    labels=[Label(first.span, "the first", primary=False)],
+                )
+        return names
 
     def string(self, token: Token) -> ast.String:
         """A string with its escapes read."""
@@ -235,7 +250,7 @@ class ExpressionBuilder:
     def _x_comprehension(self, tree: Tree) -> ast.Expr:
         element, binder, iterable = cast("tuple[Tree, Tree, Tree]", tree.children)
         return ast.Comprehension(
-            self.span(tree), self._expression(element), self.names(binder), self._expression(iterable)
+            self.span(tree), self._expression(element), self.once(self.names(binder)), self._expression(iterable)
         )
 
     def arguments(self, tree: Tree | None) -> tuple[ast.Arg, ...]:
@@ -245,9 +260,9 @@ class ExpressionBuilder:
         return self.args(tree)
 
     def args(self, tree: Tree | None) -> tuple[ast.Arg, ...]:
-        """The arguments of a call; one without a name may not follow one that has it."""
+        """The arguments of a call; one without a name may not follow one that has it, and no name stands twice."""
         found: list[ast.Arg] = []
-        named = False
+        named: set[str] = set()
         for child in tree.children if tree is not None else ():
             if child is None:
                 continue
@@ -255,7 +270,9 @@ class ExpressionBuilder:
             if child.data == "keyword":
                 name, value = cast("tuple[Token, Tree]", child.children)
                 found.append(ast.Arg(self.span(child), self.ident(name), self._expression(value)))
-                named = True
+                if str(name) in named:
+                    self.diagnostics.error("E0241", f"`{name}` is given twice", self.span(child), "a second time")
+                named.add(str(name))
                 continue
             arg = ast.Arg(self.outer(child), None, self._expression(child))
             if named:

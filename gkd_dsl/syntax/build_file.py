@@ -6,10 +6,11 @@ from typing import Any, cast
 
 from lark import Token, Tree
 
-from gkd_dsl.diagnostics import Edit, Fix
+from gkd_dsl.diagnostics import Edit, Fix, Label
 from gkd_dsl.syntax import ast
 from gkd_dsl.syntax.build import ExpressionBuilder
 from gkd_dsl.syntax.words import HOME
+from gkd_dsl.text import Span
 
 
 class FileBuilder(ExpressionBuilder):
@@ -32,7 +33,27 @@ class FileBuilder(ExpressionBuilder):
         for child in tree.children:
             if isinstance(child, Tree):
                 self._check_place(child, kind)
-        return tuple(self.lines(tree.children))
+        found = tuple(self.lines(tree.children))
+        self._check_once(found, kind)
+        return found
+
+    def _check_once(self, statements: tuple[Any, ...], kind: str) -> None:
+        """Report what a block says twice, where the later one would take the place of the first unseen."""
+        seen: dict[str, Span] = {}
+        for stmt in statements:
+            name = stmt.name.text if isinstance(stmt, ast.Setting) and kind in ("pass", "policy") else ""
+            place = stmt.name.span if name else stmt.span
+            if isinstance(stmt, ast.Total):
+                name, place = "total", self.between(stmt.span.start, stmt.span.start + len("total"))
+            if name and name in seen:
+                self.diagnostics.error(
+                    "E0245",
+                    f"`{name}` is set twice",
+                    place,
+                    "again here",
+                    labels=[Label(seen[name], "the first", primary=False)],
+                )
+            seen.setdefault(name, place)
 
     def _check_place(self, tree: Tree, kind: str) -> None:
         """Report a statement that the grammar lets stand in every block and this kind of block has no use for."""
@@ -108,7 +129,7 @@ class FileBuilder(ExpressionBuilder):
         return str(tree.children[0])
 
     def _indices(self, tree: Tree | None) -> tuple[ast.Ident, ...]:
-        return self.names(cast(Tree, tree.children[0])) if tree is not None else ()
+        return self.once(self.names(cast(Tree, tree.children[0]))) if tree is not None else ()
 
     def _s_data(self, tree: Tree) -> ast.DataDecl:
         return ast.DataDecl(*self._named(tree))
@@ -144,7 +165,9 @@ class FileBuilder(ExpressionBuilder):
         )
 
     def _formals(self, tree: Tree) -> tuple[ast.Formal, ...]:
-        return tuple(self._formal(child) for child in tree.children if isinstance(child, Tree))
+        found = tuple(self._formal(child) for child in tree.children if isinstance(child, Tree))
+        self.once(tuple(formal.name for formal in found))
+        return found
 
     def _formal(self, tree: Tree) -> ast.Formal:
         if tree.data == "role_formal":
@@ -187,7 +210,7 @@ class FileBuilder(ExpressionBuilder):
 
     def _s_pass_(self, tree: Tree) -> ast.Pass:
         name, value, block = cast("list[Any]", tree.children)
-        return ast.Pass(self.span(tree), self.ident(name), self.expression(value), self.block(block))
+        return ast.Pass(self.span(tree), self.ident(name), self.expression(value), self.block(block, "pass"))
 
     def _s_counter(self, tree: Tree) -> ast.Counter:
         name, start, stop, when = cast("list[Any]", tree.children)
@@ -239,7 +262,7 @@ class FileBuilder(ExpressionBuilder):
         if tree is None:
             return None
         binder, value = cast("tuple[Tree, Tree]", tree.children)
-        return self.names(binder), self.expression(value)
+        return self.once(self.names(binder)), self.expression(value)
 
     def _s_replace(self, tree: Tree) -> ast.Replace:
         target, source, over, when = cast("list[Any]", tree.children)

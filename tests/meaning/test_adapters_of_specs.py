@@ -65,7 +65,7 @@ def test_targets_are_those_of_the_family() -> None:
     [
         ("lora(rank = 8)", "E0234", ""),
         ("lora(alhpa = 8)", "E0234", "alpha"),
-        ("lora(4, r = 8)", "E0234", ""),
+        ("lora(4, r = 8)", "E0241", ""),
         ("lora(r = 2.5)", "E0404", ""),
         ('lora(r = "8")', "E0404", ""),
         ("lora(r = 0)", "E0403", "1"),

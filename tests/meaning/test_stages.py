@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from meaning_help import HARD, REVIEWS, SHORT, SOFT, STUDENT, TEACHER, check, codes, good, inputs, spec, stage
 
+from gkd_dsl.graph.explain import explain
 from gkd_dsl.graph.nodes import TrainTarget
 from gkd_dsl.schedules import Span
 
@@ -15,6 +18,10 @@ def part(name: str) -> TrainTarget:
     return TrainTarget("model", "s", name)
 
 
+ACC = "metric acc = accuracy(s.logits, batch.labels)\n"
+BLOCKS = [part(f"layer.{i}") for i in range(4)]
+
+
 @pytest.mark.parametrize(
     ("lines", "targets"),
     [
@@ -22,8 +29,16 @@ def part(name: str) -> TrainTarget:
         ("train s", {S}),
         ("train W, s.head", {TrainTarget("project", "W"), part("head")}),
         ("freeze W", {S}),
-        ("freeze s.embed", {TrainTarget("project", "W"), *(part(f"layer.{i}") for i in range(4)), part("head")}),
+        ("freeze s.embed", {TrainTarget("project", "W"), *BLOCKS, part("rest"), part("head")}),
         ("freeze s.body", {TrainTarget("project", "W"), part("head")}),
+        # In whatever order and however deep: what is frozen is not trained, and everything else is.
+        ("freeze s.layer[0], s.body", {TrainTarget("project", "W"), part("head")}),
+        ("freeze s.body, s.layer[0]", {TrainTarget("project", "W"), part("head")}),
+        ("train s.body\nfreeze s.layer[0]", {part("embed"), *BLOCKS[1:], part("rest")}),
+        ("train s.body, W\nfreeze s.layer", {TrainTarget("project", "W"), part("embed"), part("rest")}),
+        ("train s.layer, s.head, W\nfreeze s.body", {TrainTarget("project", "W"), part("head")}),
+        ("train s.layer\nfreeze s.embed", {*BLOCKS}),
+        ("train s, s.embed\nfreeze s.embed", {*BLOCKS, part("rest"), part("head")}),
         ("train s.layer[1 ..< 3]", {part("layer.1"), part("layer.2")}),
         ("train s.layer[-1]", {part("layer.3")}),
     ],
@@ -32,6 +47,26 @@ def test_what_a_stage_trains(lines: str, targets: set[TrainTarget]) -> None:
     text = "project W = linear(s.H -> t.H)\nloss hid = mse(s.final |> W <- t.final)\n" + SOFT
     checked = good(spec(text + stage(f"{lines}\nminimize hid + soft".strip())))
     assert set(checked.stages[0].trains) == targets
+
+
+def test_parts_that_a_model_lacks_are_not_trained() -> None:
+    models = "".join(f'{role} {name} = hf("models/{role}", task = encoder)\n' for role, name in (("teacher", "t"), ("student", "s")))  # fmt: skip
+    text = "project W = linear(s.H -> t.H)\nloss hid = mse(s.final |> W <- t.final)\n"
+    whole = good(spec(text + stage("freeze s.embed, W\nminimize hid"), models))
+    assert set(whole.stages[0].trains) == {*BLOCKS, part("rest")}
+    (found,) = check(spec(text + stage("train W, s.head\nminimize hid"), models)).diagnostics.errors
+    assert (found.code, found.message) == ("E0417", "`s.head` does not train: BertModel has no head")
+
+
+def test_parts_of_a_family_without_a_table_are_not_trained(tmp_path) -> None:
+    config = {"model_type": "albert", "architectures": ["AlbertForSequenceClassification"], "hidden_size": 8}
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({**config, "vocab_size": 30522}))
+    models = f'teacher t = hf("{tmp_path}/a")\nstudent s = hf("{tmp_path}/b")\n'
+    good(spec(SOFT + stage("train s\nminimize soft"), models))
+    for lines in ("train s.layer[0]", "freeze s.embed", "freeze s.layer[0]"):
+        assert codes(check(spec(SOFT + stage(f"{lines}\nminimize soft"), models))) == ["E0417"]
 
 
 def test_a_teacher_trains_where_it_is_said() -> None:
@@ -95,6 +130,13 @@ def test_losses_declared_in_a_stage_are_its_own() -> None:
         (stage("minimize soft\nrun m"), "E0104"),
         (stage("minimize soft", "a") + stage("minimize soft", "a"), "E0245"),
         (stage("minimize ramp(0 -> 1, until = 0.1) * soft"), "E0401"),
+        # A weight of 1 / 0 at some step is NaN, and so is all that is trained by it.
+        (stage("minimize soft / ramp(0 -> 1, until = 10%)"), "E0216"),
+        (stage("minimize soft / stage.progress"), "E0216"),
+        (stage("minimize 1 / ramp(-1 -> 1, until = 10%) * soft"), "E0216"),
+        (stage("minimize soft\noptim = adamw(clip = 0)"), "E0403"),
+        (stage("minimize soft\noptim = adamw(lr = 1e-3, lr = 1e-5)"), "E0241"),
+        (stage("minimize soft\nevaluate acc\nkeep best by acc\nkeep best by acc") + ACC, "E0245"),
         (stage("minimize ramp(0 -> 1, until = 500) * soft"), "E0401"),
     ],
 )
@@ -102,6 +144,16 @@ def test_stages_that_are_refused(text: str, code: str) -> None:
     checked = check(spec(SOFT + text))
     assert codes(checked) == [code]
     assert not checked.ok
+
+
+def test_a_schedule_that_never_is_zero_divides() -> None:
+    good(spec(SOFT + stage("minimize soft / ramp(1 -> 2, until = 10%) + 1 / (1 + stage.progress) * soft")))
+
+
+def test_labels_that_are_numbers_are_no_classes() -> None:
+    data = REVIEWS.replace(")", ', task = "regression")')
+    assert codes(check(spec(HARD + stage("minimize hard"), STUDENT, data))) == ["E0506"]
+    good(spec(SOFT + stage("minimize soft"), data=data))
 
 
 def test_labels_and_heads() -> None:
@@ -138,3 +190,10 @@ def test_two_sources_need_a_choice() -> None:
     assert codes(check(spec(SOFT + stage("minimize soft"), data=data))) == ["E0412"]
     checked = good(spec(SOFT + stage("source = more\nminimize soft", "a") + stage("source = reviews\nminimize soft", "b"), data=data))  # fmt: skip
     assert [found.source.name for found in checked.stages if found.source] == ["more", "reviews"]
+
+
+def test_what_of_a_body_has_no_name_is_explained_by_its_modules() -> None:
+    found = explain(good(spec(SOFT + stage("freeze s.body\ntrain s\nminimize soft"))).graph).stages[0]
+    assert found.trains == ("s.head",)
+    found = explain(good(spec(SOFT + stage("freeze s.layer\nminimize soft"))).graph).stages[0]
+    assert found.trains == ("s.embed", 's.module("bert.pooler")', "s.head")

@@ -171,6 +171,7 @@ def test_divisors(a):
         ("kl", {**pair(B, S_V), "temperature": floats(B)}, {}, "wrong_type", "temperature", "a plain value, not a tensor"),
         ("kl", pair(B, S_V), {"temperature": 0}, "out_of_range", "temperature", "in 0.01 ..= 1000; it is 0.0"),
         ("jsd", pair(B, S_V), {"beta": Ramp(0, 2, Span(1, "epochs"))}, "out_of_range", "beta", "between 0 and 2"),
+        ("kl", pair(B, S_V), {"temperature": Ramp(0, 4, Span(1, "epochs"))}, "out_of_range", "temperature", "between 0 and 4"),
         ("gram", {"x": floats(B, S_H)}, {}, "rank", "x", "it is Float[B, 312] with 2 axes"),
         ("softmax", {"x": floats()}, {}, "rank", "x", "with 0 axes"),
         ("mse", pair(B, L, S_H, teacher=(B, S_H)), {}, "rank", "teacher", "same leading axes"),

@@ -55,7 +55,8 @@ _QUICK = settings(max_examples=60, deadline=None, suppress_health_check=list(Hea
 def syntax_only(text: str) -> list[str]:
     """The faults of the grammar: those of meaning that the builder reports are of no concern here."""
     _, found = parse(Source("f", text))
-    return [f"{d.code} {d.message}" for d in found if d.code not in ("E0101", "E0103", "E0104", "E0124", "E0125")]
+    of_meaning = ("E0101", "E0103", "E0104", "E0124", "E0125", "E0241", "E0245")
+    return [f"{d.code} {d.message}" for d in found if d.code not in of_meaning]
 
 
 @_QUICK
@@ -79,7 +80,7 @@ def test_generated_files_print_and_parse_to_the_same_tree(text: str) -> None:
 def test_generated_expressions_round_trip(text: str) -> None:
     file, found = parse(Source("f", f"gkd 1\nlet x = {text.strip()}"))
     if not found.ok:
-        assert {d.code for d in found} == {"E0125"}
+        assert {d.code for d in found} <= {"E0125", "E0241", "E0245"}
         return
     (item,) = file.items
     assert isinstance(item, ast.Let)

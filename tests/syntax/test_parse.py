@@ -19,6 +19,35 @@ def expr(text: str) -> ast.Expr:
 
 
 @pytest.mark.parametrize(
+    ("line", "code", "again"),
+    [
+        ("loss a = kl(s.x <- t.x, temperature = 2.0, temperature = 8.0)", "E0241", "temperature = 8.0"),
+        ("use kd(t -> s, T = 1, alpha = 2, T = 1) as k", "E0241", "T = 1"),
+        ('student s = hf("a", num_labels = 2, num_labels = 3)', "E0241", "num_labels = 3"),
+        ("loss f(a: model, a: model) = kl(a.x <- t.x)", "E0245", "a"),
+        ("method m(teacher t, student t) {}", "E0245", "t"),
+        ("method m(teacher t, T: float = 1.0, T: float = 2.0) {}", "E0245", "T"),
+        ("loss a[i, j, i] = kl(s.x <- t.x)", "E0245", "i"),
+        ("loss a = sum(kl(s.x <- t.x) for (i, i) in p)", "E0245", "i"),
+        ("method m(teacher t) {\n  total = a\n  total = b\n}", "E0245", "total"),
+        ("pass p = s(batch) {\n  grad = keep\n  grad = discard\n}", "E0245", "grad"),
+        ("policy p = selector(x) {\n  reward = a\n  reward = b\n}", "E0245", "reward"),
+    ],
+)
+def test_what_stands_twice_is_not_read_once(line: str, code: str, again: str) -> None:
+    (found,) = parse(Source("f", f"gkd 1\n{line}\n"))[1]
+    assert found.code == code
+    assert found.span is not None
+    assert found.span.text == again
+    assert found.span.start > line.index(again.split(" = ")[0]) + len("gkd 1\n")
+
+
+def test_what_may_stand_twice() -> None:
+    text = 'gkd 1\nloss a = sum(f(x, y = 1) * g(y = 1) for (_, _) in p)\nstudent s = hf("a") {\n  adapter = peft("b")\n  adapter = lora()\n}\n'  # fmt: skip
+    assert list(parse(Source("f", text))[1]) == []
+
+
+@pytest.mark.parametrize(
     ("text", "grouped"),
     [
         ("a & b != c", "a & (b != c)"),

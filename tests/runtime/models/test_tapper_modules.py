@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from gkd_dsl.models.describe import describe
 from gkd_dsl.models.errors import ModelError, TapError
-from gkd_dsl.models.resolve import part_modules, resolve_tap
+from gkd_dsl.models.resolve import has_rest, part_modules, resolve_tap
 from gkd_dsl.models.taps import TapPath
 from gkd_dsl.runtime.models.load import load, part_parameters
 from gkd_dsl.runtime.models.tapper import Tapper
@@ -118,6 +118,10 @@ def test_declared_shapes_agree_with_those_of_a_batch(folder, batch, family):
             assert all(size in (None, found) for size, found in zip(known, shape, strict=True))
 
 
+def _names(tiny, part):
+    return {name for name, _ in part_parameters(tiny.model, part_modules(tiny.info, part))}
+
+
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 @pytest.mark.parametrize("task", ["classification", "masked_lm", "causal_lm"])
 def test_parts_split_a_model(folder, family, task):
@@ -129,10 +133,11 @@ def test_parts_split_a_model(folder, family, task):
             ("mobilebert", "causal_lm"),
         }
         return
-    names = {
-        part: {name for name, _ in part_parameters(tiny.model, part_modules(tiny.info, part))}
-        for part in ("body", "embed", "head", "layer.0", "layer.2")
-    }
+    names = {part: _names(tiny, part) for part in ("body", "embed", "head", "layer.0", "layer.2", "rest")}
+    blocks = set().union(*(_names(tiny, f"layer.{i}") for i in range(tiny.info.size("N"))))
+    assert names["embed"] | blocks | names["rest"] == names["body"]
+    assert not names["rest"] & (names["embed"] | blocks)
+    assert bool(names.pop("rest")) == has_rest(tiny.info)
     everything = {name for name, _ in tiny.model.named_parameters()}
     assert names["body"] | names["head"] == everything
     assert names["embed"] | names["layer.0"] | names["layer.2"] < names["body"]
