@@ -22,7 +22,7 @@ from gkd_dsl.models.info import ModelInfo, Task
 from gkd_dsl.runtime.errors import out_of_memory
 from gkd_dsl.runtime.models import quantised, vocabulary
 from gkd_dsl.runtime.models.adapters import merged, with_adapter, with_lora
-from gkd_dsl.runtime.models.halved import halve
+from gkd_dsl.runtime.models.halved import HALF, halve, saved_in
 
 log = logging.getLogger("gkd_dsl")
 
@@ -121,7 +121,7 @@ def load_with_report(
         if info.build.kind == "stored":
             raise ModelError(f"{info.location} holds outputs of a model, and no weights", "name the model by `hf(...)`")
         if info.build.kind == "hf":
-            model, report = _from_weights(info, half or dtype or torch.float32)
+            model, report = _from_weights(info, _read_in(info, half or dtype or torch.float32))
             if info.build.adapter is not None:
                 model = with_adapter(model, info.build.adapter, info.location)
         elif info.build.kind == "random":
@@ -204,6 +204,14 @@ def load_tokenizer(info: ModelInfo) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _read_in(info: ModelInfo, dtype: torch.dtype) -> torch.dtype:
+    """The dtype to read weights in that end in `dtype`: an adapter is added to them before they are rounded."""
+    if info.build.adapter is None or info.build.quantised is not None or dtype not in HALF.values():
+        return dtype
+    base = replace(info, build=replace(info.build, adapter=None))
+    return dtype if saved_in(base, dtype) else torch.float32
 
 
 def _from_weights(info: ModelInfo, dtype: torch.dtype) -> tuple[PreTrainedModel, LoadReport]:

@@ -101,6 +101,18 @@ def test_the_merged_weights_are_those_by_hand(folder):
     same(load(info_of(folder)), by_hand(folder))
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("saved", [torch.float32, torch.bfloat16])
+def test_merged_weights_are_rounded_once(folder, saved):
+    """Held in bf16 they are the nearest numbers to W + (alpha / r) B A, not to a rounded W plus that."""
+    file = folder / "t" / "model.safetensors"
+    save_file({name: value.to(saved) for name, value in load_file(file).items()}, file, metadata={"format": "pt"})
+    model, wanted = load(info_of(folder), half=torch.bfloat16), by_hand(folder)
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == (torch.bfloat16 if parameter.ndim > 1 else torch.float32)
+        assert torch.equal(parameter.bfloat16(), wanted[name].bfloat16()), name
+
+
 def test_without_the_library_it_says_what_to_install(folder, monkeypatch):
     info = info_of(folder)
     monkeypatch.setitem(sys.modules, "peft", None)
