@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from loader_help import WORDS, loader_for, word_tokenizer
+from tokenizers import processors
 
 from gkd_dsl.runtime.data.collate import masking_for
 from gkd_dsl.runtime.data.errors import DataError
@@ -125,6 +126,18 @@ def test_only_the_completion_is_learned(tmp_path, side):
         second = [[0, 0, 1, 8, 9, 2], [*gap, -100, -100, 9, 2]]
     assert batch["input_ids"].tolist() == [[1, 4, 5, 6, 7, 2], second[0]]
     assert batch["labels"].tolist() == [[-100, -100, -100, 6, 7, 2], second[1]]
+
+
+def test_a_prompt_goes_on_where_the_tokenizer_ends_every_text(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"q": "w0 w1", "a": "w2 w3"}\n{"q": "w4", "a": "w5"}\n')
+    tokenizer = word_tokenizer(causal=True)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    args = {"path": "a.jsonl", "prompt": "q", "completion": "a", "held_out": 0.0, "shuffle": False, "batch_size": 2}
+    batch = next(loader_for(tokenizer, tmp_path, "jsonl", task="causal_lm", **args).epoch(0))
+    assert batch["input_ids"].tolist() == [[1, 4, 5, 6, 7, 2], [1, 8, 9, 2, 0, 0]]
+    assert batch["labels"].tolist() == [[-100, -100, -100, 6, 7, 2], [-100, -100, 9, 2, -100, -100]]
 
 
 def test_the_end_is_added_before_the_cut_and_may_be_left_away(tmp_path):

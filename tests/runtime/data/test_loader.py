@@ -1,5 +1,6 @@
 """Order, held-out rows, resume position, labels, sizes, and tokenising in parallel."""
 
+import json
 import os
 import threading
 
@@ -8,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 from loader_help import WORDS, labelled_file, loader_for, sentence, stage_of, word_tokenizer
+from tokenizers import models, processors
 
 from gkd_dsl import extension
 from gkd_dsl.graph.nodes import SourceSpec
 from gkd_dsl.runtime.data import make_loader, quiet
+from gkd_dsl.runtime.data.digest import digest
 from gkd_dsl.runtime.data.encode import processes_for, tokenizer_digest
 
 ARGS = {"path": "a.csv", "label": "label"}
@@ -144,6 +147,88 @@ def test_tokens_are_cached_and_the_cache_follows_the_file(tokenizer, tmp_path, o
     assert not datasets.are_progress_bars_disabled()
 
 
+def test_tokens_of_other_rows_are_not_taken_for_those_of_a_source(tokenizer, tmp_path, own_cache, monkeypatch):
+    """Which rows are drawn is part of what tokens are found by: a cache that others have filled changes nothing."""
+    (tmp_path / "a.txt").write_text("".join(sentence(number) + "\n" for number in range(30)))
+
+    def ids(limit, seed):
+        args = {"held_out": 0.0, "limit": limit, "path": "a.txt", "seed": seed, "shuffle": False}
+        spec = SourceSpec("texts", "text", tuple(args.items()))
+        loader = make_loader(stage_of(), spec, tokenizer, task="encoder", seed=0, root=tmp_path)
+        return list(loader.train_rows["input_ids"])
+
+    asked = [(10, 0), (12, 0), (10, 1), (30, 0)]
+    shared = [ids(*each) for each in asked]
+    for place, each in enumerate(asked):
+        monkeypatch.setenv("GKD_CACHE", str(own_cache / str(place)))
+        assert shared[place] == ids(*each)
+    assert [len(rows) for rows in shared] == [10, 12, 10, 30]
+    assert shared[0] != shared[2]
+
+
+def test_rows_read_otherwise_are_other_rows(tokenizer, tmp_path):
+    """In one cache: what one row is, other cells of the same file, and the same texts for another tokenizer."""
+    (tmp_path / "a.txt").write_text("w0 w1\nw2\n\nw3 w4\n")
+    args = {"path": "a.txt", "batch_size": 1, "held_out": 0.0, "shuffle": False}
+    lengths = {}
+    for by in ("line", "paragraph", "file"):
+        loader = loader_for(tokenizer, tmp_path, "text", by=by, **args)
+        lengths[by] = [loader.tokens(batch) - 2 for batch in loader.epoch(0)]
+    assert lengths == {"line": [2, 1, 2], "paragraph": [3, 2], "file": [5]}
+    turned = word_tokenizer()
+    turned.backend_tokenizer.model = models.WordLevel(
+        {**{word: 64 - place for place, word in enumerate(WORDS)}, "[UNK]": 3}, unk_token="[UNK]"
+    )
+    batch = next(loader_for(turned, tmp_path, "text", **args).epoch(0))
+    assert batch["input_ids"].tolist() == [[1, 64, 63, 2]]
+    (tmp_path / "a.csv").write_text("text,more\nw0,w1\nw2,w3\n")
+    for column, first in (("text", 5), ("more", 6)):
+        loader = loader_for(tokenizer, tmp_path, "csv", **{**args, "path": "a.csv", "text": column})
+        assert next(loader.epoch(0))["input_ids"].tolist() == [[1, first, 2]]
+
+
+def test_tokenizer_digest_sees_what_is_added_and_which_end_is_cut(tokenizer):
+    before = tokenizer_digest(tokenizer)
+    tokenizer.truncation_side = "left"
+    assert tokenizer_digest(tokenizer) != before
+    tokenizer.truncation_side = "right"
+    assert tokenizer_digest(tokenizer) == before
+    ends = [("[CLS]", 1), ("[SEP]", 2)]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] [CLS] $A [SEP]", special_tokens=ends
+    )
+    assert tokenizer_digest(tokenizer) != before
+
+
+def test_the_digest_of_rows_is_of_their_ids_their_ends_and_who_is_held_out(tokenizer, tmp_path):
+    """What a stored teacher is told apart by: any other row, border, order or split is another data set."""
+
+    def of(train, held, **args):
+        (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in train))
+        (tmp_path / "held.jsonl").write_text("".join(json.dumps(row) + "\n" for row in held))
+        args = {"path": "train.jsonl", "text": "a", "held_out": "held.jsonl", "batch_size": 1, **args}
+        return digest(loader_for(tokenizer, tmp_path, "jsonl", **args))
+
+    def texts(*found):
+        return [{"a": text, "b": "w9"} for text in found]
+
+    train, held = texts("w0 w1", "w2"), texts("w3", "w4")
+    found = [
+        of(train, held),
+        of(train[::-1], held),
+        of(train, texts("w3", "w5")),
+        of(train, held[:1]),
+        of(texts("w0 w1", "w2", "w3"), held[1:]),
+        of(train, held, text_pair="b"),
+        of(texts("w0 w1 [SEP]", "w2"), held),
+    ]
+    assert len(set(found)) == len(found)
+    assert of(train, held) == found[0]
+    # The same ids, of which other ones are of the second text.
+    one = of([{"a": "w0 [SEP] w1", "b": "w2"}], held, text_pair="b")
+    assert one != of([{"a": "w0", "b": "w1 [SEP] w2"}], held, text_pair="b")
+
+
 def test_tokenizer_digest_sees_the_vocabulary_and_not_the_last_call(tokenizer):
     before = tokenizer_digest(tokenizer)
     tokenizer(["w1", "w1 w2"], padding=True, truncation=True, max_length=2)
@@ -203,6 +288,26 @@ def test_limit_draws_rows_and_keeps_their_order(tokenizer, tmp_path):
     assert len(rows) == 10
     assert places == sorted(places)
     assert places != list(range(10))
+
+
+def test_the_seed_of_the_source_draws_who_is_held_out(tokenizer, tmp_path):
+    labelled_file(tmp_path, 29)
+    drawn = []
+    for seed in (0, 1):
+        args = {**ARGS, "held_out": 0.4, "seed": seed}
+        spec = SourceSpec("texts", "csv", tuple(args.items()))
+        loader = make_loader(stage_of(), spec, tokenizer, task="encoder", seed=0, root=tmp_path)
+        drawn.append(list(loader.held_out_rows["row"]))
+    # 11.6 of 29 rows.
+    assert [len(rows) for rows in drawn] == [12, 12]
+    assert drawn[0] != drawn[1]
+
+
+def test_a_limit_is_of_the_rows_to_train_on(tokenizer, tmp_path):
+    labelled_file(tmp_path)
+    (tmp_path / "dev.csv").write_text("text,label\n" + "".join(f"w{n},{n % 3}\n" for n in range(9)))
+    loader = loader_for(tokenizer, tmp_path, "csv", held_out="dev.csv", limit=6, **ARGS)
+    assert (loader.sizes.train, loader.sizes.held_out) == (6, 9)
 
 
 def test_a_held_out_file_of_its_own(tokenizer, tmp_path):

@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from stored_world import (
     ALL,
     CACHED,
@@ -269,6 +270,30 @@ def test_another_data_set_tokenizer_or_model_is_refused_by_name(tmp_path):
     (folder / "t" / "config.json").write_text(json.dumps(config | {"layer_norm_eps": 0.1}))
     with pytest.raises(RunError, match="model config is"):
         run(path)
+
+
+def test_weight_files_of_another_size_are_refused(tmp_path):
+    folder = classifiers(tmp_path)
+    path = spec(folder, CLASSIFY, CACHED, OBJECTIVE="soft")
+    cache(path)
+    file = folder / "t" / "model.safetensors"
+    tensors = load_file(file)
+    save_file(tensors, file, metadata={"format": "pt", "more": "x" * 64})
+    with pytest.raises(RunError, match=r"weights is .* there and .* here"):
+        run(path)
+
+
+def test_the_seed_of_a_head_that_was_drawn_is_part_of_what_is_stored(tmp_path):
+    folder = classifiers(tmp_path)
+    saved = spec(folder, CLASSIFY, CACHED, OBJECTIVE="soft")
+    cache(saved)
+    other = CLASSIFY.replace("batch_size", "seed = 5\n  batch_size")
+    run(spec(folder, other, CACHED, OBJECTIVE="soft"))
+    drawn = CLASSIFY.replace('hf("t")', 'hf("t", num_labels = 4)').replace('("s")', '("s", num_labels = 4)')
+    cache(spec(folder, drawn, CACHED.replace("kept", "drawn"), OBJECTIVE="soft"))
+    other = drawn.replace("batch_size", "seed = 5\n  batch_size")
+    with pytest.raises(RunError, match="seed of new weights is 0 there and 5 here"):
+        run(spec(folder, other, CACHED.replace("kept", "drawn"), OBJECTIVE="soft"))
 
 
 def test_auto_runs_the_teacher_in_the_first_epoch_alone(tmp_path, monkeypatch):
