@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import torch
 import transformers
 from torch import nn
@@ -232,7 +233,8 @@ def _from_weights(info: ModelInfo, dtype: torch.dtype) -> tuple[PreTrainedModel,
     except Exception as error:  # the readers of weight files raise errors of their own libraries
         if out_of_memory(error):
             raise
-        raise ModelError(f'the weights of "{info.location}" cannot be loaded: {_first_line(error)}') from None
+        why, hint = damage(Path(source)) or (_first_line(error), "")
+        raise ModelError(f'the weights of "{info.location}" cannot be loaded: {why}', hint) from None
     resized = [entry[0] if isinstance(entry, (tuple, list)) else entry for entry in found["mismatched_keys"]]
     body = _body_names(model)
     if wrong := [key for key in resized if key in body]:
@@ -247,6 +249,23 @@ def _from_weights(info: ModelInfo, dtype: torch.dtype) -> tuple[PreTrainedModel,
         new=tuple(sorted({*found["missing_keys"], *resized})),
         dropped=tuple(sorted(found["unexpected_keys"])),
     )
+
+
+def damage(folder: Path) -> tuple[str, str] | None:
+    """The first safetensors file of a folder that cannot be read, and what to do; None where all can, by their heads.
+
+    The library compares the size of a file with its head, and reads no weight.
+    """
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safetensors.safe_open(path, framework="pt"):
+                pass
+        except (OSError, safetensors.SafetensorError) as error:
+            with suppress(OSError), path.open("rb") as file:
+                if file.read(40).startswith(b"version https://git-lfs"):
+                    return f"{path} is a pointer of Git LFS", "fetch the file itself: `git lfs pull`"
+            return f"{path}: {_first_line(error)}", "the file is cut short, or is none of weights: fetch it again"
+    return None
 
 
 def _body_names(model: PreTrainedModel) -> set[str]:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from gkd_dsl.models.info import ModelInfo
 from gkd_dsl.runtime.errors import CANNOT_RUN, RunError
 from gkd_dsl.runtime.models.halved import halve
-from gkd_dsl.runtime.models.load import build, padding_token
+from gkd_dsl.runtime.models.load import build, damage, padding_token
 from gkd_dsl.runtime.teachers.streamed import blocks_of
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -30,7 +30,10 @@ class Mapped:
         self._at: dict[str, tuple[Tensor, torch.dtype, tuple[int, ...], int, int]] = {}
         files = sorted(folder.glob("*.safetensors"))
         if not files:
-            raise RunError(CANNOT_RUN, f"{what} has no safetensors files in {folder}", _HINT)
+            hint = _HINT if any(folder.glob("pytorch_model*.bin")) else "no weights at all are there: fetch them again"
+            raise RunError(CANNOT_RUN, f"{what} has no safetensors files in {folder}", hint)
+        if (damaged := damage(folder)) is not None:
+            raise RunError(CANNOT_RUN, f"the weights of {what} cannot be loaded: {damaged[0]}", damaged[1])
         for path in files:
             raw = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
             head = int.from_bytes(bytes(raw[:8].tolist()), "little")

@@ -89,10 +89,9 @@ def held_out_too(plan: StagePlan, model: str) -> bool:
 def stored_identity(folder: Path) -> dict[str, Any] | None:
     """The fields of a folder; None where there is none that can be read."""
     try:
-        found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["identity"]
+        return dict(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["identity"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return dict(found)
 
 
 def missing(plan: StagePlan, model: str, parts: set[str]) -> list[str]:

@@ -24,6 +24,7 @@ _SHARED = "shared.safetensors"
 SHARD_BYTES = 64 * 2**20
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "int32": torch.int32, "bool": torch.bool}
 _HINT = "make it again with `gkd cache`"
+_ANEW = "delete the folder, and make it again with `gkd cache`"
 _MEND = "`gkd cache --resume` runs its rows again; with `cache = auto` delete the folder"
 _DATA = (
     "rows, their order, `held_out` and `max_length` decide it: put back what differs, or make it again with `gkd cache`"
@@ -236,9 +237,11 @@ class Store:
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
             if data["format"] != FORMAT:
-                raise RunError(CACHE, f"{path} has format {data['format']}, and this version reads {FORMAT}", _HINT)
-            refuse_other(data["identity"], self.identity, self.folder)
+                raise RunError(CACHE, f"{path} has format {data['format']}, and this version reads {FORMAT}", _ANEW)
+            refuse_other(dict(data["identity"]), self.identity, self.folder)
             self.parts = {name: Part(tuple(part["dims"]), part["dtype"]) for name, part in data["parts"].items()}
+            if unknown := {part.dtype for part in self.parts.values()} - _DTYPES.keys():
+                raise ValueError(f"no dtype {', '.join(sorted(unknown))} is stored")
             entries = [entry for entry in data["shards"] if not mend or self._whole(entry)]
             if data["shared"]:
                 try:
@@ -251,8 +254,8 @@ class Store:
                     entries = entries[:-1]
             for entry in entries:
                 self._take(self._shard(entry))
-        except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
-            raise RunError(CACHE, f"the stored teacher {self.folder} cannot be read: {error}", _HINT) from error
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError) as error:
+            raise RunError(CACHE, f"the stored teacher {self.folder} cannot be read: {error}", _ANEW) from error
 
     def _whole(self, entry: Mapping[str, Any]) -> bool:
         """Whether a shard is what the manifest says, all of it."""
@@ -274,6 +277,9 @@ class Store:
                 rows, lengths = file.get_tensor("rows").numpy(), file.get_tensor("lengths").numpy()
         except safetensors.SafetensorError as error:
             raise RunError(CACHE, f"{path} is damaged: {error}", _MEND) from error
+        # Its checksum is compared when it is first read; where rows are has to be right before.
+        if len(rows) != len(lengths) or ((rows < 0) | (rows >= self.total)).any() or (lengths < 0).any():
+            raise RunError(CACHE, f"{path} is damaged: it names rows that there are none of", _MEND)
         return _Shard(path.name, rows, lengths, entry["sha256"], size)
 
     def _take(self, shard: _Shard) -> None:

@@ -209,6 +209,46 @@ def test_damage_is_seen(tmp_path):
         run(path)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"identity": 3},
+        {"identity": "abc"},
+        {"parts": []},
+        {"parts": {"logits": {"dims": [3], "dtype": "float64"}}},
+        {"shards": [3]},
+        {"format": 9},
+    ],
+)
+def test_a_manifest_that_says_something_else_ends_in_words(tmp_path, change):
+    folder = classifiers(tmp_path)
+    path = spec(folder, CLASSIFY, CACHED, OBJECTIVE=ALL)
+    cache(path)
+    manifest = folder / "kept" / "main" / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), **change}))
+    for read in (lambda: run(path), lambda: cache(path, resume=True)):
+        with pytest.raises(
+            RunError, match=r"E0808.*(cannot be read|has format 9).*delete the folder, and make it again"
+        ):
+            read()
+
+
+@pytest.mark.parametrize("byte", [0, 7])
+def test_a_row_number_that_is_damaged(tmp_path, byte):
+    folder = classifiers(tmp_path)
+    path = spec(folder, CLASSIFY, CACHED, OBJECTIVE=ALL)
+    cache(path)
+    shard = folder / "kept" / "main" / "shard-00000.safetensors"
+    whole = bytearray(shard.read_bytes())
+    head = int.from_bytes(whole[:8], "little")
+    whole[8 + head + json.loads(whole[8 : 8 + head])["rows"]["data_offsets"][0] + byte] ^= 0xFF
+    shard.write_bytes(whole)
+    with pytest.raises(RunError, match=r"E0808.*shard-00000\.safetensors is damaged.*--resume"):
+        run(path)
+    assert cache(path, resume=True)[0].new == 20
+    run(path)
+
+
 def test_resume_runs_the_rows_of_damaged_files_again(tmp_path):
     folder = classifiers(tmp_path)
     path = spec(folder, CLASSIFY, CACHED, OBJECTIVE=ALL)

@@ -1,6 +1,7 @@
 """Teachers whose blocks come one by one: the same losses bit for bit, and never all blocks at once."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from gkd_dsl.graph.nodes import ModelNode
 from gkd_dsl.graph.plan import ForwardPlan, TapPlan
 from gkd_dsl.meaning.check import check_path
 from gkd_dsl.models.describe import describe
+from gkd_dsl.models.errors import ModelError
 from gkd_dsl.models.taps import TapPath
 from gkd_dsl.runtime.errors import RunError
 from gkd_dsl.runtime.models.load import build, load
@@ -159,8 +161,35 @@ def test_what_it_cannot_do_is_said(tmp_path):
     with pytest.raises(RunError, match=r"no weight `classifier.bias`"):
         on_disk(describe(str(folder / "t")), "t")
     file.unlink()
-    with pytest.raises(RunError, match="no safetensors"):
+    with pytest.raises(RunError, match=r"no safetensors.*no weights at all"):
         on_disk(describe(str(folder / "t")), "t")
+    (folder / "t" / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(RunError, match=r"no safetensors.*placement = offload"):
+        on_disk(describe(str(folder / "t")), "t")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda whole: whole[:-300], "incomplete metadata.*cut short"),
+        (lambda whole: whole[:50], "header.*cut short"),
+        (lambda whole: b"", "header.*cut short"),
+        (lambda whole: b"\xff" * 5000, "header.*cut short"),
+        (lambda whole: b"<html>" * 99, "header.*cut short"),
+        (lambda whole: b"version https://git-lfs.github.com/spec/v1\nsize 12\n", "Git LFS.*git lfs pull"),
+    ],
+)
+def test_a_file_of_weights_that_is_damaged_is_named(tmp_path, change, said):
+    folder = classifiers(tmp_path)
+    file = folder / "t" / "model.safetensors"
+    file.write_bytes(change(file.read_bytes()))
+    info = describe(str(folder / "t"))
+    with pytest.raises(RunError, match=f"E0807: the weights of `t` cannot be loaded: .*t/model.safetensors.*{said}"):
+        on_disk(info, "t")
+    with pytest.raises(ModelError) as caught:
+        load(info)
+    told = f"{caught.value.reason}; {caught.value.hint}"
+    assert re.search(f"cannot be loaded: .*t/model.safetensors.*{said}", told)
 
 
 def test_several_files_and_another_precision(tmp_path):
