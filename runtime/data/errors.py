@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from gkd_dsl.extension import ExtensionError
+from gkd_dsl.runtime.data.quiet import cache_folder
 from gkd_dsl.sources.readers import ReadError
 
 
@@ -31,6 +33,12 @@ def named(source: str) -> Iterator[None]:
     except Exception as error:
         cause = _cause(error)
         if cause is None:
+            if disk_is_full(error):
+                raise DataError(
+                    f"the disk of {cache_folder()} is full, where rows and tokens are prepared",
+                    source,
+                    hint="free some space, or name a folder on another disk by the variable GKD_CACHE",
+                ) from error
             raise
         if isinstance(cause, DataError):
             raise DataError(cause.message, source, cause.arg, cause.hint) from cause.__cause__
@@ -47,3 +55,14 @@ def _cause(error: BaseException | None) -> DataError | ReadError | ExtensionErro
             return error
         error = error.__cause__ or error.__context__
     return None
+
+
+def disk_is_full(error: BaseException | None) -> bool:
+    """Whether a full disk is behind an error; `datasets` also looks at the free space beforehand."""
+    while error is not None:
+        if isinstance(error, OSError) and (
+            error.errno in (errno.ENOSPC, errno.EDQUOT) or "Not enough disk space" in str(error)
+        ):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

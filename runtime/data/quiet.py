@@ -55,7 +55,7 @@ def cache_folder() -> Path:
     places = [Path(asked).expanduser()] if asked else []
     places += [
         Path(platformdirs.user_cache_dir("gkd-dsl")),
-        Path(tempfile.gettempdir()) / f"gkd-dsl-{getpass.getuser()}",
+        Path(tempfile.gettempdir()) / f"gkd-dsl-{_user()}",
     ]
     for place in places:
         folder = place / "data"
@@ -66,3 +66,11 @@ def cache_folder() -> Path:
         except OSError:
             continue
     return Path(tempfile.mkdtemp(prefix="gkd-dsl-"))
+
+
+def _user() -> str:
+    """The name of the user; the number of one without a name, as in many containers."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError, ImportError):
+        return str(os.getuid()) if hasattr(os, "getuid") else "user"

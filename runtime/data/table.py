@@ -14,7 +14,7 @@ import datasets
 from gkd_dsl import extension
 from gkd_dsl.diagnostics.model import SpecError
 from gkd_dsl.graph.nodes import AttrValue, SourceSpec
-from gkd_dsl.runtime.data.errors import DataError
+from gkd_dsl.runtime.data.errors import DataError, disk_is_full
 from gkd_dsl.runtime.data.quiet import cache_folder
 from gkd_dsl.sources import SOURCES, ReadError, SourceKind, files_of, rows_of, source_kind, used_columns
 from gkd_dsl.syntax import ast
@@ -94,6 +94,8 @@ def _from_files(kind: SourceKind, args: Mapping[str, AttrValue], root: Path) -> 
             fingerprint=digest,
         )
     except ValueError as error:
+        if disk_is_full(error):
+            raise
         # `datasets` has no table for a generator that gives nothing.
         raise DataError("the source has no rows", arg="path") from error
     return Table(rows, digest)

@@ -1,12 +1,16 @@
 """Everything that can be wrong with data is told in words."""
 
+import errno
+import getpass
+import os
+
 import datasets
 import pytest
 from loader_help import labelled_file, loader_for, word_tokenizer
 
 from gkd_dsl import extension
 from gkd_dsl.runtime.data import DataError
-from gkd_dsl.runtime.data.quiet import quiet
+from gkd_dsl.runtime.data.quiet import cache_folder, quiet
 
 
 def error(tokenizer, folder, kind="csv", **rest):
@@ -171,3 +175,41 @@ def test_saved_data_sets(tokenizer, tmp_path):
 
 def test_arguments_are_checked_again(tokenizer, tmp_path):
     assert error(tokenizer, tmp_path, path="a.csv", limit=0).message == "`limit` is 0; the least is 1"
+
+
+def no_space():
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def too_little_beforehand():
+    raise OSError("Not enough disk space. Needed: Unknown size (download: Unknown size)")
+
+
+def behind_a_closed_file():
+    try:
+        no_space()
+    except OSError:
+        raise ValueError("I/O operation on closed file")  # noqa: B904 - as `datasets` does
+
+
+@pytest.mark.parametrize("fails", [no_space, too_little_beforehand, behind_a_closed_file])
+@pytest.mark.parametrize("where", ["from_generator", "map"])
+def test_a_full_disk_where_rows_are_prepared(tokenizer, tmp_path, own_cache, monkeypatch, fails, where):
+    labelled_file(tmp_path)
+    monkeypatch.setattr(datasets.Dataset, where, lambda *_, **__: fails())
+    found = error(tokenizer, tmp_path, path="a.csv", label="label")
+    assert found.message == f"the disk of {own_cache / 'data'} is full, where rows and tokens are prepared"
+    assert "GKD_CACHE" in found.hint
+
+
+def test_a_user_without_a_name(monkeypatch, tmp_path):
+    def nameless():
+        raise KeyError("getpwuid(): uid not found: 54321")
+
+    monkeypatch.setattr(getpass, "getuser", nameless)
+    assert cache_folder().is_dir()
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("GKD_CACHE", str(tmp_path / "file"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert cache_folder() == tmp_path / f"gkd-dsl-{os.getuid()}" / "data"
