@@ -157,6 +157,28 @@ def test_a_mean_needs_all_of_its_steps_and_a_loss_that_was_not_watched_begins_an
     assert counters.recent == {}
 
 
+@pytest.mark.parametrize("order", [(2, 5), (5, 2)])
+def test_of_two_windows_over_one_loss_the_wider_is_kept(order):
+    plans = [
+        CounterPlan(f"k{steps}", 0, 1, Comparison("<", Recent("cos", steps), Constant(0.0)), ("cos",))
+        for steps in order
+    ]
+    counters = Counters(plans)
+    for step in range(8):
+        counters.advance({"cos": float(step)}, Clock(step + 1, 100, 10.0))
+    assert counters.recent == {"cos": [3.0, 4.0, 5.0, 6.0, 7.0]}
+    assert (counters.mean("cos", 2), counters.mean("cos", 5)) == (6.5, 5.0)
+
+
+def test_begun_anew_no_loss_is_remembered():
+    counters = Counters([sid(0.5)])
+    counters.advance({"cos.0": 0.1}, Clock(1, 100, 10.0))
+    counters.advance({"cos.0": 0.1}, Clock(2, 100, 10.0))
+    assert counters.values == {"k": 2}
+    counters.reset()
+    assert (counters.values, counters.recent) == ({"k": 1}, {})
+
+
 def test_every_condition_is_read_before_any_counter_moves():
     from gkd_dsl.schedules import CounterValue
 

@@ -141,6 +141,24 @@ def test_a_position_without_a_finite_gradient_gets_zero(build):
     assert run(step, batch_of()).loss == 0.0
 
 
+def test_of_a_position_whose_gradient_is_partly_finite_nothing_is_kept(build):
+    _, models, step = build(PROBED)
+    taken, env = step.gradients.take, {}
+    batch = batch_of()
+
+    def spoilt(apply, found, clock):
+        env["g"] = taken(apply, found, clock)
+        return env["g"]
+
+    def broken(module, inputs, output):
+        output.register_hook(lambda g: torch.where(torch.arange(g.shape[-1]) == 5, torch.inf, g))
+
+    models["s"].base_model.embeddings.register_forward_hook(broken)
+    step._program._special["gradient"] = spoilt
+    run(step, batch)
+    assert (env["g"] == 0).all()
+
+
 def test_a_gradient_without_a_graph_is_refused(build):
     _, _, step = build(PROBED)
     with torch.no_grad(), pytest.raises(RunError, match="does not depend"):

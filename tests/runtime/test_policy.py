@@ -9,12 +9,12 @@ from tiny_runs import Rows, infos
 
 from gkd_dsl.graph.nodes import OptimSpec, PolicyNode
 from gkd_dsl.graph.passes import compile_plan
-from gkd_dsl.graph.plan import Apply
+from gkd_dsl.graph.plan import Apply, PolicyPlan
 from gkd_dsl.meaning.check import check_text
 from gkd_dsl.runtime.distiller import Distiller
 from gkd_dsl.runtime.errors import RunError
 from gkd_dsl.runtime.models.load import load
-from gkd_dsl.runtime.policy import Policy, Selector, surrogate
+from gkd_dsl.runtime.policy import Policy, Selector, make_policies, surrogate
 from gkd_dsl.runtime.run_folder import RunFolder
 from gkd_dsl.runtime.stages import Run
 from gkd_dsl.schedules import Clock
@@ -113,10 +113,29 @@ def test_draws_are_of_the_step_and_have_no_gradient():
         assert not torch.equal(policy().draw(DRAW, env, other), one)
 
 
-def test_draws_leave_torchs_generator_alone():
+def test_making_one_and_drawing_leave_torchs_generator_alone():
     before = torch.get_rng_state()
+    Selector(3, 4, seed=2)
     policy().draw(DRAW, states(), clock())
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_first_weights_are_of_the_seed_and_of_the_name():
+    def first(name, seed=0):
+        node = PolicyNode(f"policy/{name}", name, 2, 3, 0, SGD, 0.9)
+        return weights(make_policies([PolicyPlan("op/policy.1", node, "reward")], CPU, seed)[name])
+
+    assert torch.equal(first("pi"), first("pi"))
+    assert not torch.equal(first("pi"), first("rho"))
+    assert not torch.equal(first("pi"), first("pi", 1))
+
+
+def test_states_in_half_precision_are_read_in_fp32():
+    made, env = policy(), {name: value.bfloat16() for name, value in states(64).items()}
+    wide = {name: value.float() for name, value in env.items()}
+    assert torch.equal(made.draw(DRAW, env, clock()), made.draw(DRAW, wide, clock()))
+    made.learn(0.0, clock())
+    assert made.pending[0].dtype == torch.float32
 
 
 @pytest.mark.parametrize(("bias", "share"), [(0.0, 0.5), (1.5, 0.8175744761936437)])
@@ -158,6 +177,32 @@ def test_a_reward_is_for_the_choices_of_the_step_before():
     made.learn(3.0, clock(2))
     torch.testing.assert_close(weights(made), first + 0.1 * torch.cat([g.flatten() for g in wanted]))
     assert made.baseline == pytest.approx(0.9 * 1.0 + 0.1 * 3.0, rel=1e-15)
+
+
+def test_its_gradient_is_clipped_and_its_rate_decays():
+    """Of three steps the third learns: at 0.1 (1 - 2 / 10), along a gradient of length 0.01."""
+    made = policy(optim=OptimSpec("sgd", lr=0.1, weight_decay=0.0, decay="linear", clip=0.01))
+    first = weights(made)
+    for step, reward in enumerate((0.0, 0.0, 3.0)):
+        made.start()
+        made.draw(DRAW, states(seed=step), clock(step))
+        made.learn(reward, clock(step))
+    assert (weights(made) - first).norm().item() == pytest.approx(0.1 * 0.8 * 0.01, rel=1e-3)
+
+
+def test_what_is_forgotten_gets_no_reward():
+    made = policy()
+    first = weights(made)
+    for step, reward in enumerate((0.0, 1.0, 1.0)):
+        made.start()
+        made.draw(DRAW, states(seed=step), clock(step))
+        if step == 2:
+            mean = made.baseline
+            made.forget()
+            assert made.pending is None
+        made.learn(reward, clock(step))
+    assert torch.equal(weights(made), first)
+    assert made.baseline == mean
 
 
 def test_a_better_choice_becomes_likelier():

@@ -317,6 +317,7 @@ def test_projections_start_as_they_say_and_alike_beside_others(init):
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(alone.weight, beside.weight)
     assert alone.bias.shape == (4,)
+    assert alone.bias.any() == (init == "default")
     if init == "identity":
         assert torch.equal(alone.weight, torch.eye(4, 3))
     elif init == "zeros":

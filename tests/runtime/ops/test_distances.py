@@ -82,17 +82,19 @@ def test_mse_of_attention_maps_counts_cells_whose_query_and_key_are_valid(causal
     assert float(total) == pytest.approx(oracle, rel=1e-12)
 
 
+@pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("name", ["mse", "smooth_l1", "huber"])
-def test_masked_cells_may_hold_minus_infinity(name):
+def test_masked_cells_may_hold_minus_infinity(name, causal):
     valid = torch.tensor([[True, True, False], [True, False, False]])
     dims = ("B", "*", "L", "L")
     cells = (valid[:, None, :, None] & valid[:, None, None, :]).expand(2, 2, 3, 3)
+    cells = cells.tril() if causal else cells
     s, t = features(2, 2, 3, 3), features(2, 2, 3, 3, seed=1)
-    plain, _ = reduce_loss(FEATURES[name](s, t, valid=valid, dims=dims), dims, valid)
+    plain, _ = reduce_loss(FEATURES[name](s, t, valid=valid, dims=dims), dims, valid, causal=causal)
     s2, t2 = torch.where(cells, s, -math.inf).requires_grad_(), torch.where(cells, t, -math.inf)
-    value = FEATURES[name](s2, t2, valid=valid, dims=dims)
+    value = FEATURES[name](s2, t2, valid=valid, dims=dims, causal=causal)
     assert torch.isfinite(value).all()
-    total, _ = reduce_loss(value, dims, valid)
+    total, _ = reduce_loss(value, dims, valid, causal=causal)
     torch.testing.assert_close(total, plain)
     total.backward()
     assert (s2.grad[~cells] == 0).all()

@@ -193,6 +193,19 @@ def test_a_label_that_the_model_lacks_is_said():
         ops.cross_entropy(logits(2, 6), torch.tensor([1, 6]))
 
 
+def test_what_a_mask_leaves_out_may_hold_any_label_and_any_logits():
+    s, labels = logits(2, 3, 6), torch.tensor([[0, 5, 17], [1, -7, 2]])
+    valid = torch.tensor([[True, True, False], [True, False, True]])
+    s[~valid] = math.nan
+    s.requires_grad_()
+    value = ops.cross_entropy(s, labels, valid=valid)
+    torch.testing.assert_close(value[valid], F.cross_entropy(s[valid], labels[valid], reduction="none"))
+    assert (value[~valid] == 0).all()
+    value.sum().backward()
+    assert (s.grad[~valid] == 0).all()
+    assert torch.isfinite(s.grad).all()
+
+
 def test_nothing_counted_is_zero_not_nan():
     s = logits(2, 6).requires_grad_()
     value = ops.cross_entropy(s, torch.tensor([-100, -100]))

@@ -19,7 +19,8 @@ OVERLOADS = [(spec, signature) for spec in OPERATORS for signature in registry.s
 
 
 def test_every_operator_has_a_function_and_every_function_a_signature():
-    assert set(functions()) == {spec.name for spec in OPERATORS}
+    # A user's operator, such as another test makes, has a colon in its name.
+    assert {name for name in functions() if ":" not in name} == {spec.name for spec in OPERATORS}
     assert set(metrics()) == set(registry.names("metric"))
 
 

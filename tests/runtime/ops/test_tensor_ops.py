@@ -122,6 +122,16 @@ def test_per_sample_is_each_samples_own_mean(sizes, maps):
     torch.testing.assert_close(tensors.per_sample(x), x.flatten(1).mean(1))
 
 
+def test_per_sample_of_a_causal_map_looks_back_only():
+    x = randn(2, 2, 4, 4)
+    dims, valid = ("B", "*", "L", "L"), torch.tensor([[True] * 4, [True, True, True, False]])
+    for mask, sizes in ((valid, (4, 3)), (None, (4, 4))):
+        value = tensors.per_sample(x, valid=mask, causal=True, dims=dims)
+        for row, n in enumerate(sizes):
+            cells = [x[row, a, q, k] for a in range(2) for q in range(n) for k in range(q + 1)]
+            torch.testing.assert_close(value[row], torch.stack(cells).mean())
+
+
 def test_per_sample_of_one_value_each():
     x = randn(4)
     torch.testing.assert_close(tensors.per_sample(x), x)
@@ -145,6 +155,17 @@ def test_arithmetic_is_numpys():
     np.testing.assert_allclose(arithmetic.absolute(-a), x)
     np.testing.assert_allclose(arithmetic.select(a > b, a, 0.0), np.where(x > y, x, 0))
     np.testing.assert_allclose(arithmetic.select(a > b, 1.0, b), np.where(x > y, 1, y))
+
+
+@pytest.mark.parametrize("name", ["log", "exp", "tanh", "sqrt"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_functions_of_half_precision_are_taken_in_fp32(name, dtype):
+    x = torch.tensor([0.3, 1.7, 11.5], dtype=dtype)
+    value = getattr(arithmetic, name)(x)
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(value.double(), getattr(torch, name)(x.double()), rtol=1e-6, atol=1e-7)
+    for power in (arithmetic.power(x, 2.5), arithmetic.power(x, torch.full_like(x, 2.5))):
+        torch.testing.assert_close(power.double(), x.double() ** 2.5, rtol=1e-6, atol=1e-7)
 
 
 def test_the_root_of_zero_has_no_infinite_gradient():
@@ -256,3 +277,6 @@ def test_the_token_that_stands_for_a_text_is_the_first_or_the_last_valid_one():
     assert torch.equal(run(x, valid=valid), torch.stack([x[0, 0], x[1, 1]]))
     assert torch.equal(run(x, last=True, valid=valid), torch.stack([x[0, 1], x[1, 3]]))
     assert torch.equal(run(x, last=True), x[:, 3])
+    rows = torch.tensor([True, False])
+    assert torch.equal(run(x, valid=rows), x[:, 0])
+    assert torch.equal(run(x, last=True, valid=rows), x[:, 3])
