@@ -106,6 +106,7 @@ def run_spec(
             _ABOUT,
             {
                 "spec": str(checked.file.source.path or checked.file.source.name),
+                "path": str(path.resolve()) if (path := checked.file.source.path) is not None else None,
                 "params": dict(params or {}),
                 "gkd_dsl": version("gkd-dsl"),
             },
@@ -224,7 +225,7 @@ def newest(name: str, root: Path = Path("runs")) -> Path:
 def _of_another(folder: Path, name: str) -> bool:
     """Whether a folder is called so for another spec: `a-2` is the second run of `a`, or the first of `a-2`."""
     try:
-        own = Path(str(about(folder).get("spec", ""))).stem
+        own = Path(about(folder)["spec"]).stem
     except RunError:
         return False
     return own != name and is_named(folder, own)
@@ -233,9 +234,13 @@ def _of_another(folder: Path, name: str) -> bool:
 def about(folder: Path) -> dict[str, Any]:
     """What a run folder says of its spec: its path and parameters. Raises RunError."""
     try:
-        return json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        found: dict[str, Any] = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
+        spec, params = Path(found["spec"]), dict(found["params"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(CANNOT_RUN, f"{folder} is not a run folder", f"it has no readable {_ABOUT}") from error
+    # A run may be looked at from elsewhere than it was started from.
+    written = found["spec"] if spec.is_file() else found.get("path") or found["spec"]
+    return found | {"spec": written, "params": params}
 
 
 def _alone(info: ModelInfo) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -177,7 +177,14 @@ def _cached(plan: StagePlan, node: ModelNode, how: Placement, loader: Any, at: P
         how = replace(how, top_k=0 if stored["top_k"] == "all" else int(stored["top_k"]))
     layout = layout_of(plan, node.name, how)
     if layout.top_k is not None and stored.get("temperatures"):
-        layout = replace(layout, top_k=replace(layout.top_k, temperatures=tuple(stored["temperatures"])))
+        known = tuple(stored["temperatures"])
+        if layout.top_k.treatment == "bucket" and (other := set(layout.top_k.temperatures) - set(known)):
+            log.warning(
+                "the stored teacher %s has the mass of the logits that are not stored at temperature %s; stage `%s` "
+                "reads them at %s, where it is estimated: `gkd cache` into a new folder stores it",
+                folder, _listed(known), plan.name, _listed(other),
+            )  # fmt: skip
+        layout = replace(layout, top_k=replace(layout.top_k, temperatures=known))
     fields = identity(plan, node, at.reader, loader, layout, at.seeds.get(node.name, 0))
     if not fields["held_out rows"]:
         # No metric reads the model: rows held out may be there all the same.
@@ -192,6 +199,10 @@ def _cached(plan: StagePlan, node: ModelNode, how: Placement, loader: Any, at: P
             "go on with `gkd cache --resume`",
         )
     return CachedTeachers(store, layout), layout
+
+
+def _listed(temperatures: Iterable[float]) -> str:
+    return ", ".join(f"{value:g}" for value in sorted(temperatures))
 
 
 def _filling(

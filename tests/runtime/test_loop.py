@@ -9,11 +9,12 @@ import torch
 from plans import Data, evaluating, models, spec, stage_plan, teaching_plan
 
 from gkd_dsl.graph.nodes import EvaluateSpec, OptimSpec
+from gkd_dsl.runtime.checkpoint import Position
 from gkd_dsl.runtime.errors import RunError
 from gkd_dsl.runtime.loop import length_of
 from gkd_dsl.runtime.run_folder import RunFolder
 from gkd_dsl.runtime.stages import Run
-from gkd_dsl.schedules import Ramp, Span
+from gkd_dsl.schedules import Constant, Ramp, Span
 
 
 class Heard:
@@ -89,6 +90,18 @@ def test_the_tokens_of_a_step_are_those_of_all_its_micro_batches():
     found = length_of(plan.stage, data)
     assert found.tokens_per_step == pytest.approx(3 * mean)
     assert found.total_steps == math.ceil(1000 / (3 * mean))
+
+
+def test_a_step_knows_the_seed_of_its_stage():
+    """Coins, drawn maps and random spans follow it."""
+    from gkd_dsl.conditions import Coin
+
+    def falls(seed):
+        found = length_of(stage_plan(("hard",), seed=seed).stage, Data())
+        return [Coin(Constant(0.5), "c").value(found.clock(Position("main", 0, step=step))) for step in range(64)]
+
+    assert falls(3) == falls(3)
+    assert falls(3) != falls(4)
 
 
 def test_a_warm_up_in_tokens():

@@ -8,13 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 sys.path.insert(0, str(Path(__file__).parent / "backends"))
 
 from small_folders import write, write_decoders
 
+from gkd_dsl.cli.main import application
 from gkd_dsl.graph.passes import compile_plan
-from gkd_dsl.meaning.check import check_text
+from gkd_dsl.meaning.check import check_path, check_text
 from gkd_dsl.runtime import session
 from gkd_dsl.runtime.errors import RunError
 from gkd_dsl.runtime.reopen import evaluate_run, export_run
@@ -214,3 +216,24 @@ def test_a_run_is_found_under_the_name_that_it_was_given(tmp_path, name):
     again = RunFolder.create(name, root=root)
     assert again.path != first.path
     assert newest(name, root) == again.path
+
+
+def test_a_run_is_evaluated_from_another_folder(tmp_path, monkeypatch):
+    write(tmp_path)
+    (tmp_path / "small.gkd").write_text(SPEC.replace("LOSS", KL))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    run_spec(check_path("small.gkd"), name="small", measure=False)
+    found = json.loads((tmp_path / "runs" / "small" / "run.json").read_text())
+    assert found["spec"] == "small.gkd"
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    result = CliRunner().invoke(application(), ["eval", "../runs/small", "--json"])
+    assert result.exit_code == 0, result.output
+    assert set(json.loads(result.stdout)["main"]) == {"acc", "far"}
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"spec": 3, "params": {}}', '{"spec": "a.gkd", "params": 1}'])
+def test_a_run_json_that_says_nothing_is_told_in_words(tmp_path, text):
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(RunError, match=r"is not a run folder; it has no readable run.json"):
+        session.about(tmp_path)

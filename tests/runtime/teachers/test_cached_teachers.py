@@ -161,6 +161,22 @@ def test_top_k_of_the_command_line_is_what_a_run_reads(tmp_path):
         run(other)
 
 
+def test_a_temperature_at_which_nothing_is_stored_is_told(tmp_path, caplog):
+    folder = decoders(tmp_path)
+    few = placed("placement = cached", 'cache = "few"', "top_k = 3")
+    path = spec(folder, LANGUAGE, few, LOSS="kl")
+    cache(path)
+    run(path)
+    assert "temperature" not in caplog.text
+    other = LANGUAGE.replace("temperature = 2.0", "temperature = 5.0")
+    run(spec(folder, other, few, LOSS="kl"))
+    assert "at temperature 1, 2; stage `main` reads them at 5, where it is estimated" in caplog.text
+    caplog.clear()
+    # Without a tail nothing is estimated.
+    run(spec(folder, other, few.replace("top_k = 3", "top_k = 3\n    tail = renormalise"), LOSS="kl"))
+    assert "temperature" not in caplog.text
+
+
 def test_what_was_ended_is_gone_on_with(tmp_path):
     folder = classifiers(tmp_path)
     path = spec(folder, CLASSIFY, CACHED, OBJECTIVE=ALL)
