@@ -25,6 +25,7 @@ from gkd_dsl.schedules import (
     counters,
     is_zero,
     settled,
+    watched,
 )
 
 WHOLE = Span(100.0, "percent")
@@ -84,7 +85,8 @@ def test_a_coin_of_one_always_falls_and_of_zero_never():
         assert Coin(Constant(0.0), "a").value(clock(step)) == 0.0
     assert bounds(Coin(Constant(1.0), "a")) == (1.0, 1.0)
     assert is_zero(Coin(Constant(0.0), "a"))
-    assert bounds(Coin(Ramp(0.2, 0.8, WHOLE), "a")) == (0.0, 1.0)
+    for low, high in ((0.2, 0.8), (0.0, 1.0), (0.0, 0.5), (0.5, 1.0)):
+        assert bounds(Coin(Ramp(low, high, WHOLE), "a")) == (0.0, 1.0)
 
 
 def test_the_probability_of_a_coin_may_be_a_schedule():
@@ -150,6 +152,14 @@ def test_at_each_count_its_own_case_is_in_force():
     assert bounds(AtCount("k", 1, (Constant(5.0), Constant(7.0)))) == (5.0, 7.0)
 
 
+def test_what_is_watched_is_what_the_case_in_force_reads():
+    cases = AtCount("k", 1, (Comparison("<", Recent("a", 2), Constant(1.0)), Constant(0.0), Not(Recent("b", 3))))
+    either = Logic("or", cases, Comparison(">", Recent("c", 1), Recent("d", 4)))
+    for value, losses in ((1, {"a", "c", "d"}), (2, {"c", "d"}), (3, {"b", "c", "d"})):
+        assert watched(either, clock(counters=(("k", value),))) == losses
+    assert watched(either, clock()) == {"a", "c", "d"}
+
+
 def test_a_recent_loss_is_asked_of_the_clock():
     assert math.isnan(Recent("soft", 3).value(clock()))
     assert Recent("soft", 3).value(clock(recent=lambda name, n: {"soft": 10.0 + n}[name])) == 13.0
@@ -159,6 +169,11 @@ def test_progress_of_the_stage():
     at = clock(25, 100)
     assert [StageProgress(what).value(at) for what in ("progress", "step", "epoch")] == [0.25, 25.0, 2.5]
     assert StageProgress("progress").value(clock(99, 100)) < 1.0
+    assert [bounds(StageProgress(what)) for what in ("progress", "step", "epoch")] == [
+        (0.0, 1.0), (0.0, math.inf), (0.0, math.inf),
+    ]  # fmt: skip
+    later = Comparison(">=", StageProgress("epoch"), Constant(2.0))
+    assert settled(later) == later
     # Arithmetic over an unbounded interval: 0 times infinity is not a number, and has no bounds.
     assert bounds(Arithmetic("*", Constant(0.0), StageProgress("step"))) is None
 

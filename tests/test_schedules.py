@@ -111,6 +111,18 @@ def test_arithmetic_is_that_of_numbers_and_stays_in_its_bounds(op, left, right, 
         assert low - 1e-6 * abs(low) <= value <= high + 1e-6 * abs(high)
 
 
+@given(st.sampled_from("+-*/"), st.sampled_from([-1.0, 0.0, 1.0, 2.0]), shapes, totals)
+def test_a_number_on_the_left_or_right_of_a_schedule_is_that_number(op, number, ramp, total):
+    def plain(a, b):
+        return {"+": a + b, "-": a - b, "*": a * b, "/": a / b if b else math.nan}[op]
+
+    for step in (0, total // 2, total - 1):
+        at = clock(step, total)
+        for left, right in ((Constant(number), ramp), (ramp, Constant(number))):
+            found, wanted = combine(op, left, right).value(at), plain(left.value(at), right.value(at))
+            assert found == wanted or (math.isnan(found) and math.isnan(wanted))
+
+
 def test_combine_folds_constants_and_neutral_numbers():
     ramp = Ramp(0.0, 1.0, Span(10.0, "percent"))
     assert combine("*", Constant(2.0), Constant(3.0)) == Constant(6.0)
@@ -147,6 +159,14 @@ def test_of_the_pairs_that_may_come_those_of_the_drawn_map_count(step, seed, eve
         pair for pair in aligners.possible_pairs(4, 9) if InDrawnMap(*pair, 4, 9, None, seed, every).value(at) == 1.0
     ]
     assert counted == aligners.random_sorted(4, 9, seed=seed, epoch=math.floor(step / 20.0 / every))
+
+
+def test_a_map_is_drawn_anew_also_where_the_quotient_of_the_epochs_falls_short():
+    at = clock(9, 1000, 9 / 7)
+    assert at.epoch / 7 < 1.0
+    pairs = aligners.random_sorted(4, 9, seed=3, epoch=1)
+    assert pairs != aligners.random_sorted(4, 9, seed=3, epoch=0)
+    assert all(InDrawnMap(*pair, 4, 9, None, 3, 7.0).value(at) == 1.0 for pair in pairs)
 
 
 def test_text_is_as_written():

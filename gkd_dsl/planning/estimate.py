@@ -194,7 +194,7 @@ def _fused(stage: StagePlan, models: Mapping[str, Model], setup: Setup) -> Stage
 def _model(stage: StagePlan, node: ModelNode, setup: Setup, machine: Machine) -> Model:
     what = trained(stage, node)
     if not what.count:
-        return Model(node, what, frozen(node, setup, machine, _share(stage, node)))
+        return Model(node, what, frozen(node, setup, machine, *_shares(stage, node)))
     found = parameters.parameters(node.info)
     count = found.count
     if setup.backend != "gemini":
@@ -210,19 +210,21 @@ def _model(stage: StagePlan, node: ModelNode, setup: Setup, machine: Machine) ->
     return Model(node, what, placed)
 
 
-def _share(stage: StagePlan, node: ModelNode) -> float:
-    """The share of a model's weights that its forwards need: of the blocks that run, and of the head where it does."""
+def _shares(stage: StagePlan, node: ModelNode) -> tuple[float, float]:
+    """The share of a model's weights that its forwards need, of the blocks that run and of the head where it does; and
+    the share of its blocks.
+    """
     found = parameters.parameters(node.info)
     ran = [forward for forward in stage.forwards if forward.model == node.name]
     if not ran or not found.exact or not found.count:
-        return 1.0
+        return 1.0, 1.0
     layers = node.info.size("N") or 0
     most = max(depth(forward, node) for forward in ran)
     left = (layers - most) * (parameters.part(node.info, "layer.0").count if layers else 0)
     head = any(tap.path.kind == "logits" for forward in ran for tap in forward.taps)
     if not head and node.info.task != "encoder" and not parameters.tied(node.info):
         left += parameters.part(node.info, "head").count
-    return max(0.0, 1 - left / found.count)
+    return max(0.0, 1 - left / found.count), most / layers if layers else 1.0
 
 
 def _device(

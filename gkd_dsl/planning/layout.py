@@ -234,8 +234,10 @@ class Placed:
     notes: tuple[str, ...] = field(default=(), compare=False)
 
 
-def frozen(node: ModelNode, setup: Setup, machine: Machine, share: float = 1.0) -> Placed:
-    """A model that the stage does not train; `share` of its weights is needed by the forwards of a micro-batch."""
+def frozen(node: ModelNode, setup: Setup, machine: Machine, share: float = 1.0, blocks_share: float = 1.0) -> Placed:
+    """A model that the stage does not train; `share` of its weights is needed by the forwards of a micro-batch, and
+    `blocks_share` of its blocks.
+    """
     found = parameters.parameters(node.info)
     count, where = found.count, setup.placed(node.name)
     ranks = setup.ranks(machine)
@@ -247,7 +249,7 @@ def frozen(node: ModelNode, setup: Setup, machine: Machine, share: float = 1.0) 
     if node.info.quantised is not None:
         return Placed(node.name, where, count, device=weight_bytes(node.info, FULL), exact=found.exact)
     if where in STREAMED:
-        return _streamed(node, where, ranks, half, layers if found.exact else 1, block, share)
+        return _streamed(node, where, ranks, half, layers if found.exact else 1, block, blocks_share)
     if where == "gemini":
         shard, offload = setup.fractions(node.name)
         packed = chunks(found, min(count, setup.chunk), setup.reach)
@@ -279,16 +281,15 @@ def weights(found: parameters.Parameters, half: bool) -> int:
 
 
 def _streamed(
-    node: ModelNode, where: str, ranks: int, half: bool, layers: int, block: parameters.Parameters, share: float
+    node: ModelNode, where: str, ranks: int, half: bool, layers: int, block: parameters.Parameters, ran: float
 ) -> Placed:
-    """A model whose blocks pass through the device, two at a time; what is in no block stays there.
+    """A model whose blocks pass through the device, two at a time, `ran` of them; what is in no block stays there.
 
     From disk the pages that are read are the system's to keep or drop.
     """
     found = parameters.parameters(node.info)
     one, whole = weights(block, half), weights(found, half)
     outside = whole - layers * one
-    ran = max(0.0, found.count * share - (found.count - layers * block.count)) / max(1, layers * block.count)
     host = layers * one * ranks if where == "offload" else 2 * one * ranks
     return Placed(
         node.name, where, found.count, device=outside, host=host, work=2 * one, moved=round(layers * one * ran),

@@ -1,13 +1,10 @@
 """Blocks that a plan proposes, pasted back: they check, keep what the spec says, and fit."""
 
-import json
 import re
 from dataclasses import replace
 
 import pytest
 
-from gkd_dsl.graph.passes import compile_plan
-from gkd_dsl.meaning.check import check_text
 from gkd_dsl.planning.estimate import estimate
 from gkd_dsl.planning.layout import Setup
 from gkd_dsl.planning.machine import COMPUTE, Machine
@@ -15,46 +12,6 @@ from gkd_dsl.planning.report import block, report
 from gkd_dsl.planning.search import with_cache
 
 GIB = 2**30
-SPEC = """gkd 1
-teacher t = hf("t")
-student s = {student}
-param rows: text "rows"
-data d = text(rows)
-loss soft = {loss}
-stage main for 10 steps {{
-  minimize soft
-  source = d
-  batch_size = 8
-  accumulate = 4
-  max_length = 64
-}}
-runtime {{
-{runtime}
-}}
-"""
-LLAMA = {
-    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 2000, "hidden_size": 64,
-    "num_attention_heads": 4, "intermediate_size": 128, "max_position_embeddings": 64,
-}  # fmt: skip
-
-
-@pytest.fixture
-def compiled(tmp_path):
-    """The plan of a spec with a runtime block; its check has no errors."""
-    for name, layers in (("t", 8), ("s", 2)):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text(json.dumps(LLAMA | {"num_hidden_layers": layers}))
-
-    def made(runtime, loss="kl(s.logits <- t.logits)", student='hf("s")', **stage):
-        text = SPEC.format(runtime=runtime, loss=loss, student=student)
-        for name, value in stage.items():
-            text = re.sub(rf"{name} = \d+", f"{name} = {value}", text)
-        checked = check_text(text, "spec.gkd", root=tmp_path)
-        assert checked.ok, [diagnostic.message for diagnostic in checked.diagnostics]
-        assert not checked.later
-        return compile_plan(checked.graph, runtime=checked.runtime)
-
-    return made
 
 
 def pasted(compiled, text, **spec):
@@ -78,6 +35,7 @@ def test_a_spec_on_the_cpu_is_planned_on_the_cpu(compiled):
     assert small.proposal.setup.backend == "local"
     again = report("spec", pasted(compiled, block(plan, small.setup, small.proposal.setup)), small.machine)
     assert again.fits
+    assert dict(again.plan.runtime)["device"] == "cpu"
     # Without that word it is the GPUs that count.
     assert report("spec", compiled("precision = fp32"), on).machine == on
 
