@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 from rich.console import Console
-from tiny_runs import Rows, batch_of, infos, models
+from tiny_runs import Rows, batch_of, cut, infos, models
 
 from gkd_dsl.graph.passes import compile_plan
 from gkd_dsl.graph.plan import CounterPlan
@@ -327,6 +327,22 @@ def test_a_loop_of_ones_own_keeps_the_counter(main_plan):
                 distiller(batch_of(seed=10 * step + part)).backward()
             found.append((distiller.counters.values["k"], distiller.weights["hard"]))
         assert found == [(k, float(k == 2)) for k in TRAJECTORY[:6]]
+
+
+def test_what_a_counter_reads_is_of_all_micro_batches(main_plan):
+    whole = batch_of(8, 9, seed=5)
+    parts = [cut(whole, start, start + 2) for start in range(0, 8, 2)]
+    found = []
+    for batches in ([whole], parts):
+        distiller = Distiller(main_plan, models({node.name: node.info for node in main_plan.models}))
+        for step in range(2):
+            distiller.step_to(step, 9)
+            counts = distiller.denominators(batches)
+            for batch in batches:
+                distiller(batch, counts)
+        found.append(distiller.counters.recent["inside.0"])
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+    assert len(found[0]) == 1
 
 
 def test_a_coin_falls_alike_in_every_micro_batch(main_plan):

@@ -16,6 +16,7 @@ from gkd_dsl.models.describe import random_init
 from gkd_dsl.runtime.errors import RunError
 from gkd_dsl.runtime.extensions import load_extensions
 from gkd_dsl.runtime.models.load import load
+from gkd_dsl.runtime.ops.registry import functions
 
 OPS = """import gkd_dsl
 
@@ -106,3 +107,15 @@ def test_a_file_without_the_operator_it_had(tmp_path: Path) -> None:
     plan = replace(plan, valid_program=tuple(replace(item, op="ops.py:mine") for item in plan.valid_program))
     with pytest.raises(RunError, match=r"ops\.py has no op `mine`; check the spec again: the file has changed"):
         load_extensions(plan, tmp_path)
+
+
+def test_of_two_files_of_one_name_the_latest_is_run(tmp_path: Path) -> None:
+    """Two specs in one session, or one whose file was changed in between."""
+    plan = stage_plan(("hard",))
+    plan = replace(plan, valid_program=tuple(replace(item, op="ops.py:mine") for item in plan.valid_program))
+    for number in (1, 2):
+        (tmp_path / f"{number}").mkdir()
+        text = '@gkd_dsl.op("mine(x: Float[B]) -> Float[B]")\ndef mine(x):\n    return x * '
+        (tmp_path / f"{number}" / "ops.py").write_text(f"import gkd_dsl\n\n\n{text}{number}\n")
+        load_extensions(plan, tmp_path / f"{number}")
+        assert functions()["ops.py:mine"](torch.ones(2)).tolist() == [number] * 2

@@ -1,20 +1,27 @@
 """A part of a vocabulary: what is kept, what stands for the rest, and models that are cut and made whole again."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from tiny_models import CASES, batch_of, build
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
 
 from gkd_dsl.models.describe import keeping, with_head
 from gkd_dsl.models.errors import ModelError
 from gkd_dsl.models.info import Kept
 from gkd_dsl.models.taps import TapPath
+from gkd_dsl.runtime.models import load as loading
+from gkd_dsl.runtime.models import vocabulary
 from gkd_dsl.runtime.models.load import build as built
 from gkd_dsl.runtime.models.load import load_with_report
 from gkd_dsl.runtime.models.tapper import Tapper
-from gkd_dsl.runtime.models.vocabulary import attached, choose, cut, expanded, nearest, saved_map
+from gkd_dsl.runtime.models.vocabulary import attached, choose, counts, cut, expanded, nearest, saved_map
 
 SPECIAL = (0, 1, 2)
 
@@ -139,6 +146,45 @@ def test_padding_beyond_the_rows_that_are_kept(folder, tmp_path):
     with torch.no_grad():
         assert torch.isfinite(model(**inputs).logits).all()
     assert int(found.kept[found.rows[36]]) == 36
+
+
+def test_its_new_weights_are_those_of_the_seed(folder, monkeypatch):
+    monkeypatch.setattr(loading, "load_tokenizer", lambda info: None)
+    monkeypatch.setattr(vocabulary, "id_map", lambda kept, words, table, root: nearest(some_ids(12), table, SPECIAL))
+    tiny = build(folder, "bert", "masked_lm")
+    name = "bert.encoder.layer.1.output.dense.weight"
+    models = [loading.load(kept_info(tiny.info, 12), seed=seed).get_parameter(name) for seed in (1, 2)]
+    whole = [loading.load(tiny.info, seed=seed).get_parameter(name) for seed in (1, 2)]
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(models, whole, strict=True))
+    assert not torch.equal(*models)
+
+
+def test_a_decoder_that_classifies_knows_its_padding(folder, monkeypatch):
+    """Its config names none: it is the end of text, as in the whole model."""
+    monkeypatch.setattr(loading, "load_tokenizer", lambda info: None)
+    monkeypatch.setattr(vocabulary, "id_map", lambda kept, words, table, root: nearest(some_ids(12), table, SPECIAL))
+    info = build(folder, "llama", "classification").info
+    info = replace(info, config={name: value for name, value in info.config.items() if name != "pad_token_id"})
+    whole, model = (loading.load(each) for each in (info, kept_info(info, 12)))
+    assert model.config.pad_token_id == whole.config.pad_token_id == 2
+    assert model(**batch_of()).logits.shape == (3, 3)
+
+
+def test_all_rows_are_counted_and_none_that_is_held_out(tmp_path, monkeypatch):
+    """More rows than are counted at once."""
+    monkeypatch.setenv("GKD_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "rows.txt").write_text("".join(f"w{row % 3} w{row % 7}\n" for row in range(2500)))
+    table = {word: number for number, word in enumerate(("[PAD]", "[UNK]", *(f"w{number}" for number in range(7))))}
+    made = Tokenizer(WordLevel(table, "[UNK]"))
+    made.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, pad_token="[PAD]", unk_token="[UNK]")
+    expected = [0] * 11
+    for row in range(2500):
+        for number in (row % 3, row % 7):
+            expected[2 + number] += 1
+    all_of, part = (Kept(5, 11, "rows", "text", (("held_out", h), ("path", "rows.txt"))) for h in (0.0, 0.2))
+    assert counts(all_of, tokenizer, tmp_path).tolist() == expected
+    assert counts(part, tokenizer, tmp_path).sum() == 2 * 2000
 
 
 def test_a_new_head_on_it_and_copies_of_it_keep_the_map(folder):

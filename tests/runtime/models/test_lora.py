@@ -110,6 +110,20 @@ def test_the_loss_and_its_gradients_are_those_by_hand(family, more, place):
     assert seen >= 2 * 3
 
 
+def test_its_first_values_are_those_of_the_seed(place, tmp_path):
+    """On saved weights too; the numbers of whoever loads it are left alone, and A is not what a new head starts from."""
+    load(plain(place, "bert", "encoder"), seed=7).save_pretrained(tmp_path)
+    info = adapted(describe(str(tmp_path), task="encoder"))
+    torch.manual_seed(4)
+    expected = torch.rand(3)
+    torch.manual_seed(4)
+    name = "encoder.layer.0.attention.self.query.lora_A.default.weight"
+    first, again, other = (load(info, seed=seed).get_parameter(name) for seed in (3, 3, 5))
+    assert torch.equal(torch.rand(3), expected)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
 def test_dropout_is_for_training_alone(place):
     info = plain(place, "llama", "encoder")
     model = stirred(load(adapted(info, dropout=0.5), seed=3))
