@@ -19,6 +19,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, TypeVar
 
+from gkd_dsl.places import expanded, is_dir, is_file
+
 Kind = Literal["op", "source"]
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -136,10 +138,10 @@ def load(path_or_module: str, root: Path) -> dict[tuple[Kind, str], Registered]:
 def find(path_or_module: str, root: Path) -> Path:
     """The file of a path or a module. Raises ExtensionError where there is none."""
     if path_or_module.endswith(".py"):
-        path = Path(path_or_module).expanduser()
+        path = expanded(path_or_module)
         path = path if path.is_absolute() else root / path
-        if not path.is_file():
-            folder = path.parent if path.parent.is_dir() else root
+        if not is_file(path):
+            folder = path.parent if is_dir(path.parent) else root
             others = ", ".join(sorted(p.name for p in folder.glob("*.py"))[:8])
             hint = f"that folder holds {others}" if others else "paths start at the folder of the spec"
             raise ExtensionError("there is no such file", path_or_module, hint=hint)
@@ -172,7 +174,7 @@ def _module_file(parts: list[str], root: Path) -> Path | None:
     else:
         inner = [place.joinpath(*parts[1:]) for place in places]
         candidates = [*(place.with_name(f"{place.name}.py") for place in inner), *(p / "__init__.py" for p in inner)]
-    return next((path.resolve() for path in candidates if path.suffix == ".py" and path.is_file()), None)
+    return next((path.resolve() for path in candidates if path.suffix == ".py" and is_file(path)), None)
 
 
 def _run(name: str, file: Path, written: str) -> ModuleType:

@@ -15,6 +15,7 @@ from gkd_dsl.meaning.check import Checked, check_text
 from gkd_dsl.models import describe as models
 from gkd_dsl.models.errors import ModelError
 from gkd_dsl.models.info import ModelInfo, Task
+from gkd_dsl.places import expanded, is_dir
 from gkd_dsl.scaffold_data import Found, InitError, found_in, kind_of
 from gkd_dsl.scaffold_stages import readers, same_stages, written_out
 from gkd_dsl.usage import Declared, call_of, members, model_names
@@ -173,8 +174,8 @@ def _given(role: str, name: str, option: str, place: str, request: Request, root
 
 def _relative(place: str, root: Path) -> str:
     """A place as the spec names it: a folder from the folder of the spec, anything else as it is."""
-    folder = Path(place).expanduser()
-    if place.startswith("package:") or not folder.is_dir() or folder.is_absolute():
+    folder = expanded(place)
+    if place.startswith("package:") or not is_dir(folder) or folder.is_absolute():
         return place
     written = Path(os.path.relpath(folder.resolve(), root)).as_posix()
     return written if "/" in written or written.startswith(".") else f"./{written}"

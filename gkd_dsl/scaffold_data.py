@@ -10,6 +10,7 @@ from pathlib import Path
 
 from gkd_dsl.diagnostics.suggest import did_you_mean
 from gkd_dsl.graph.nodes import AttrValue
+from gkd_dsl.places import is_dir, is_file
 from gkd_dsl.sources import label_count
 from gkd_dsl.sources.checks import SCANNED_ROWS, looks_like_header
 from gkd_dsl.sources.labels import label_map
@@ -87,8 +88,8 @@ def found_in(path: Path, *, labels: bool, text: str | None, label: str | None, c
     Raises InitError for a file that is not there or cannot be read, and where a column cannot be told.
     """
     kind = kind_of(path)
-    if not path.is_file():
-        near = did_you_mean(path.name, [each.name for each in path.parent.glob("*")] if path.parent.is_dir() else [])
+    if not is_file(path):
+        near = did_you_mean(path.name, [each.name for each in path.parent.glob("*")] if is_dir(path.parent) else [])
         hint = f"did you mean {path.parent / near[0]}?" if near else "check the path; it starts at the current folder"
         raise InitError(f"--data {path}: there is no such file", hint)
     try:

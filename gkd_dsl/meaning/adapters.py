@@ -16,6 +16,7 @@ from gkd_dsl.meaning.scope import Scope
 from gkd_dsl.meaning.values import Items, Model, Num, Text, Truth, Unknown, Value, kind
 from gkd_dsl.models import lora
 from gkd_dsl.models.info import Lora, ModelInfo
+from gkd_dsl.places import is_file
 from gkd_dsl.syntax import ast
 from gkd_dsl.text import Span
 
@@ -66,7 +67,7 @@ def _merged(ctx: Context, scope: Scope, info: ModelInfo, expr: ast.Call) -> Mode
         ctx.error(scope, "E0508", "an adapter belongs to saved weights", expr.span, "the model is not made by `hf`")
         return None
     folder = Path(scope.root or ".") / value.value
-    if not (folder / _CONFIG).is_file():
+    if not is_file(folder / _CONFIG):
         ctx.error(
             scope, "E0501", f"there is no adapter in `{value.value}`", expr.args[0].span, f"no {_CONFIG} there",
             notes=["paths start at the folder of the spec"],

@@ -12,6 +12,7 @@ from gkd_dsl.meaning.scope import Definition, Scope
 from gkd_dsl.meaning.values import UNKNOWN, Method, Module, PythonModule, Value
 from gkd_dsl.ops import registry
 from gkd_dsl.ops.spec import OpSpec
+from gkd_dsl.places import is_dir, is_file
 from gkd_dsl.sources import SourceKind, source_kind
 from gkd_dsl.syntax import ast, parse, parse_signature
 from gkd_dsl.text import Source, Span
@@ -88,7 +89,7 @@ def load(ctx: Context, scope: Scope, written: ast.String) -> Scope | None:
         name = text.removeprefix(LIBRARY)
         path = library_folder() / f"{name}.gkd"
         shown = text
-        if not path.is_file():
+        if not is_file(path):
             label, near = suggest(name, library())
             ctx.error(
                 scope, "E0511", f"the library has no method `{name}`", written.span,
@@ -99,8 +100,8 @@ def load(ctx: Context, scope: Scope, written: ast.String) -> Scope | None:
     else:
         path = scope.root / text
         shown = text.removeprefix("./")
-        if not path.is_file():
-            names = sorted(p.name for p in path.parent.glob("*.gkd")) if path.parent.is_dir() else []
+        if not is_file(path):
+            names = sorted(p.name for p in path.parent.glob("*.gkd")) if is_dir(path.parent) else []
             label, near = suggest(path.name, names)
             fixed = text[: len(text) - len(path.name)] + near if near else None
             ctx.error(

@@ -332,8 +332,8 @@ def _attends(info: ModelInfo, index: int) -> str:
     config = info.config
     window = config.get("sliding_window")
     types = config.get("layer_types")
-    if types:
-        return f"{types[index]} {window if 'sliding' in types[index] else ''}".strip()
+    if isinstance(types, list) and index < len(types):
+        return f"{types[index]} {window if 'sliding' in str(types[index]) else ''}".strip()
     if "use_sliding_window" not in config:
         return f"sliding_attention {window}" if window else ""
     slides = config["use_sliding_window"] and index >= (config.get("max_window_layers") or 0)

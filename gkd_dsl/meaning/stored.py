@@ -18,6 +18,7 @@ from gkd_dsl.models import stored
 from gkd_dsl.models.errors import ModelError
 from gkd_dsl.models.info import ModelInfo
 from gkd_dsl.models.stored import Stored
+from gkd_dsl.places import expanded
 from gkd_dsl.sources import task_of
 from gkd_dsl.syntax import ast
 from gkd_dsl.text import Span
@@ -36,7 +37,7 @@ def declared(ctx: Context, scope: Scope, expr: ast.Call) -> ModelInfo | None:
         ctx.error(scope, "E0508", f"`cached` takes the folder of stored outputs{what}", expr.span,
                   'write `cached("outputs/t")`')  # fmt: skip
         return None
-    folder = (scope.root or ctx.root) / Path(value.value).expanduser()
+    folder = (scope.root or ctx.root) / expanded(value.value)
     try:
         info = stored.read(folder, value.value).info
     except ModelError as error:
@@ -180,6 +181,6 @@ def _task(plan: StagePlan) -> str:
 
 def _from_root(ctx: Context, folder: Path, written: str) -> str:
     """A folder as a runtime block of the spec names it: in another file paths start elsewhere."""
-    if (ctx.root / Path(written).expanduser()).resolve() == folder.resolve():
+    if (ctx.root / expanded(written)).resolve() == folder.resolve():
         return written
     return os.path.relpath(folder.resolve(), ctx.root.resolve())

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gkd_dsl.models.errors import ModelError, near_misses
+from gkd_dsl.places import entries, expanded, is_dir, is_file
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
 _TOKENIZER_FILES = (
@@ -43,10 +44,10 @@ def locate(location: str, *, root: Path | None = None, offline: bool = False) ->
         return _in_package(location.removeprefix("package:"))
     bases = _bases(root)
     for base in bases:
-        folder = base / Path(location).expanduser()
-        if folder.is_file():
+        folder = base / expanded(location)
+        if is_file(folder):
             raise ModelError(f"{location} is a file, not a folder", "write the folder that holds config.json")
-        if folder.is_dir():
+        if is_dir(folder):
             return _with_config(folder, location)
     looks_like_path = location.startswith((".", "/", "~")) or location.endswith("/")
     if looks_like_path or not _HUB_ID.fullmatch(location):
@@ -88,7 +89,7 @@ def _bases(root: Path | None) -> list[Path]:
 
 
 def _with_config(folder: Path, location: str) -> Path:
-    if (folder / "config.json").is_file():
+    if is_file(folder / "config.json"):
         return folder
     written = location.rstrip("/")
     below = [f"{written}/{path.parent.name}" for path in sorted(folder.glob("*/config.json")) if _is_model(path)]
@@ -107,7 +108,7 @@ def _is_model(config: Path) -> bool:
 def _missing_folder(location: str, bases: list[Path]) -> ModelError:
     near = _near_folders(location, bases)
     hint = f"did you mean {near[0]}?" if near else "paths start at the folder of the spec, then at the current one"
-    if Path(location).expanduser().is_absolute() and not near:
+    if expanded(location).is_absolute() and not near:
         hint = "check the path"
     return ModelError(f"there is no folder {location}", hint, near)
 
@@ -118,12 +119,9 @@ def _near_folders(location: str, bases: list[Path]) -> list[str]:
     head, _, name = written.rpartition("/")
     prefix = f"{head}/" if head or written.startswith("/") else ""
     for base in bases:
-        parent = base / Path(prefix or ".").expanduser()
-        if parent.is_dir():
-            try:
-                names = [entry.name for entry in parent.iterdir() if entry.is_dir()]
-            except OSError:
-                continue
+        parent = base / expanded(prefix or ".")
+        if is_dir(parent):
+            names = [entry.name for entry in entries(parent) if is_dir(entry)]
             if near := near_misses(name, names):
                 return [prefix + found for found in near]
     return []
@@ -138,16 +136,14 @@ def _in_package(rest: str) -> Path:
     folder = _package_folder(name)
     if sub:
         inside = folder / sub
-        if not inside.is_dir():
-            names = (
-                [entry.name for entry in inside.parent.iterdir() if entry.is_dir()] if inside.parent.is_dir() else []
-            )
+        if not is_dir(inside):
+            names = [entry.name for entry in entries(inside.parent) if is_dir(entry)] if is_dir(inside.parent) else []
             head = sub.rpartition("/")[0]
             prefix = f"package:{name}/{head + '/' if head else ''}"
             near = [prefix + found for found in near_misses(inside.name, names)]
             hint = f"did you mean {near[0]}?" if near else f"the package is at {folder}"
             raise ModelError(f"package {name} has no folder {sub}", hint, near)
-        if (inside / "config.json").is_file():
+        if is_file(inside / "config.json"):
             return inside
         folder = inside
     found = _model_folders(folder)
@@ -175,7 +171,7 @@ def _package_folder(name: str) -> Path:
     if not places:
         raise ModelError(f"{first} is a single module, not a package with folders")
     folder = Path(places[0]).joinpath(*others)
-    if not folder.is_dir():
+    if not is_dir(folder):
         raise ModelError(f"package {first} has no subpackage {'.'.join(others)}")
     return folder
 
@@ -187,10 +183,10 @@ def _model_folders(folder: Path) -> list[Path]:
         deeper: list[Path] = []
         for place in level:
             config = place / "config.json"
-            if config.is_file() and _is_model(config):
+            if is_file(config) and _is_model(config):
                 found.append(place)
             deeper += sorted(
-                entry for entry in place.iterdir() if entry.is_dir() and not entry.name.startswith((".", "__"))
+                entry for entry in entries(place) if is_dir(entry) and not entry.name.startswith((".", "__"))
             )
         level = deeper
     return found

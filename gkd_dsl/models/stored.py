@@ -11,6 +11,7 @@ from typing import Any
 from gkd_dsl.models.errors import ModelError, near_misses
 from gkd_dsl.models.info import Build, ModelInfo, Vocabulary
 from gkd_dsl.models.tokenizer import by_meaning
+from gkd_dsl.places import entries, is_dir, is_file
 
 MANIFEST = "manifest.json"
 _MADE = "make it with `gkd cache` of a spec that has the model itself"
@@ -76,11 +77,11 @@ def read(folder: Path, written: str) -> Stored:
 
     Raises ModelError: no stored outputs there, a manifest that cannot be read or says too little, stages of two models.
     """
-    if not folder.is_dir():
+    if not is_dir(folder):
         near = _beside(folder, written)
         hint = f"did you mean {near[0]}?" if near else "paths start at the folder of the spec"
         raise ModelError(f"there is no folder {written}", hint, near)
-    if (folder / MANIFEST).is_file():
+    if is_file(folder / MANIFEST):
         found = {"": folder}
     else:
         found = {path.parent.name: path.parent for path in sorted(folder.glob(f"*/{MANIFEST}"))}
@@ -148,8 +149,8 @@ def _info(model: Mapping[str, Any], written: str) -> ModelInfo:
 
 
 def _beside(folder: Path, written: str) -> list[str]:
-    if not folder.parent.is_dir():
+    if not is_dir(folder.parent):
         return []
-    names = [entry.name for entry in folder.parent.iterdir() if entry.is_dir()]
+    names = [entry.name for entry in entries(folder.parent) if is_dir(entry)]
     head = written.rstrip("/").rpartition("/")[0]
     return [f"{head}/{near}" if head else near for near in near_misses(folder.name, names)]

@@ -67,7 +67,7 @@ def _full(vocabulary: Vocabulary) -> str | None:
         return vocabulary.fingerprint
     try:
         return _canonical(_stamp(Path(vocabulary.file)))[0]
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
 
 

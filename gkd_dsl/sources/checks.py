@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from itertools import islice
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from gkd_dsl.graph.nodes import AttrValue
 from gkd_dsl.models.info import Task
+from gkd_dsl.places import entries, expanded, is_dir, is_file
 from gkd_dsl.sources.arguments import SOURCES, SourceKind, SourceProblem, bind_source, filled
 from gkd_dsl.sources.labels import label_map, number_of, written
 from gkd_dsl.sources.readers import (
@@ -169,7 +171,7 @@ def _disagreements(args: Mapping[str, AttrValue]) -> Iterator[SourceProblem]:
     if isinstance(encoding, str):
         try:
             "".encode(encoding)
-        except LookupError:
+        except (LookupError, ValueError):
             yield SourceProblem("encoding", f"there is no encoding `{encoding}`", hint='such as "utf-8" or "latin-1"')
 
 
@@ -178,7 +180,10 @@ def _check_files(kind: SourceKind, args: Mapping[str, AttrValue], root: Path) ->
     if not path:
         return [SourceProblem("path", "the path is empty", kind="file")]
     if kind.name == "hf_dataset":
-        return _check_dataset(args, root)
+        try:
+            return _check_dataset(args, root)
+        except ReadError as error:
+            return [SourceProblem("path", f"`{error.path.name}`: {error.message}", hint=error.hint, kind="file")]
     files = files_of(path, root)
     if not files:
         return [SourceProblem("path", f"no file matches `{path}`", kind="file", hint=PATHS_START)]
@@ -195,18 +200,18 @@ def _check_files(kind: SourceKind, args: Mapping[str, AttrValue], root: Path) ->
 
 
 def _check_readable(file: Path, written: str, root: Path) -> SourceProblem | None:
-    if not file.exists():
+    if not os.path.exists(file):
         folder = file.parent
-        if not folder.is_dir():
+        if not is_dir(folder):
             return SourceProblem("path", f"there is no folder `{Path(written).parent}`", kind="file", hint=PATHS_START)
-        names = sorted(entry.name for entry in folder.iterdir() if entry.is_file())
+        names = sorted(entry.name for entry in entries(folder) if is_file(entry))
         near = get_close_matches(file.name, names, 3, 0.6) or [
             name for name in names if Path(name).stem.lower() == file.stem.lower()
         ]
         parent = Path(written).parent
         near = [name if str(parent) == "." else f"{parent.as_posix()}/{name}" for name in near]
         return SourceProblem("path", f"there is no file `{written}`", tuple(near), PATHS_START, "file")
-    if file.is_dir():
+    if is_dir(file):
         return SourceProblem(
             "path", f"`{written}` is a folder", kind="file", hint=f"for all its files, write `{written.rstrip('/')}/*`"
         )
@@ -349,19 +354,30 @@ def _check_labels(kind: str, path: Path, args: Mapping[str, AttrValue]) -> list[
 
 def _saved_folder(args: Mapping[str, AttrValue], root: Path) -> Path | None:
     """The local folder of a data set, or None for a hub id."""
-    path = Path(str(args["path"])).expanduser()
+    path = expanded(str(args["path"]))
     full = path if path.is_absolute() else root / path
-    return full if full.is_dir() else None
+    return full if is_dir(full) else None
 
 
-def _features(folder: Path, split: str) -> dict[str, dict[str, object]] | None:
+def _features(folder: Path, split: str) -> dict[str, object] | None:
     """The features of a folder written by `save_to_disk`, where it is one."""
     for candidate in (folder / split, folder):
         info = candidate / "dataset_info.json"
-        if (candidate / "state.json").is_file() and info.is_file():
-            features = json.loads(info.read_text(encoding="utf-8")).get("features")
+        if is_file(candidate / "state.json") and is_file(info):
+            features = _object(info).get("features")
             return features if isinstance(features, dict) else None
     return None
+
+
+def _object(file: Path) -> dict[str, object]:
+    """The JSON object in a file of a saved data set. Raises ReadError where there is none."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ReadError(file, None, f"it cannot be read as JSON ({error})", hint="save the data set again") from error
+    if not isinstance(found, dict):
+        raise ReadError(file, None, "it holds no JSON object", hint="save the data set again")
+    return found
 
 
 def _check_dataset(args: Mapping[str, AttrValue], root: Path) -> list[SourceProblem]:
@@ -372,8 +388,9 @@ def _check_dataset(args: Mapping[str, AttrValue], root: Path) -> list[SourceProb
             return [SourceProblem("path", f"there is no folder `{path}`", kind="file", hint=PATHS_START)]
         return []
     splits = folder / "dataset_dict.json"
-    if splits.is_file():
-        names = [str(name) for name in json.loads(splits.read_text(encoding="utf-8")).get("splits", [])]
+    if is_file(splits):
+        listed = _object(splits).get("splits")
+        names = [str(name) for name in listed] if isinstance(listed, list) else []
         held_out = args.get("held_out")
         asked = [("split", split), *([("held_out", held_out)] if isinstance(held_out, str) else [])]
         for arg, name in asked:
@@ -381,7 +398,7 @@ def _check_dataset(args: Mapping[str, AttrValue], root: Path) -> list[SourceProb
                 near = tuple(get_close_matches(name, names, 2, 0.5))
                 hint = f"its splits are {', '.join(names)}"
                 return [SourceProblem(arg, f"`{path}` has no split `{name}`", near, hint, "column")]
-    elif not any(entry.is_file() for entry in folder.rglob("*")):
+    elif not any(is_file(entry) for entry in folder.rglob("*")):
         return [SourceProblem("path", f"the folder `{path}` is empty", kind="file")]
     features = _features(folder, split)
     if features is None:
@@ -398,6 +415,6 @@ def _check_dataset(args: Mapping[str, AttrValue], root: Path) -> list[SourceProb
 def _class_label_count(args: Mapping[str, AttrValue], root: Path) -> int | None:
     folder = _saved_folder(args, root)
     features = _features(folder, str(args["split"])) if folder else None
-    feature = (features or {}).get(str(args["label"]), {})
-    names = feature.get("names")
+    feature = (features or {}).get(str(args["label"]))
+    names = feature.get("names") if isinstance(feature, dict) else None
     return len(names) if isinstance(names, list) else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import glob
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import TextIO
 
 from gkd_dsl.graph.nodes import AttrValue
+from gkd_dsl.places import expanded, is_file
 
 FIELDS = ("text", "text_pair", "label", "prompt", "completion")
 
@@ -48,11 +50,11 @@ def used_columns(args: Mapping[str, AttrValue], result: str = "rows") -> dict[st
 
 def files_of(path: str, root: Path) -> list[Path]:
     """The files that a path or a pattern names, sorted; a path without a pattern gives itself."""
-    full = Path(path).expanduser()
+    full = expanded(path)
     full = full if full.is_absolute() else root / full
-    if full.exists() or not glob.has_magic(path):
+    if os.path.exists(full) or not glob.has_magic(path):
         return [full]
-    return sorted(Path(name) for name in glob.glob(str(full), recursive=True) if Path(name).is_file())
+    return sorted(Path(name) for name in glob.glob(str(full), recursive=True) if is_file(Path(name)))
 
 
 def delimiter_of(args: Mapping[str, AttrValue], path: Path) -> str:

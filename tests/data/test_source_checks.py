@@ -270,3 +270,34 @@ def test_a_source_of_a_user_is_checked_by_its_arguments(tmp_path):
     assert only(check_source(kind, {"limt": 3}, tmp_path)).near == ("limit",)
     assert label_count(kind, {"label": "y", "labels": ("a", "b")}, tmp_path) == 2
     assert label_count(kind, {"label": "y"}, tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({"dataset_dict.json": "{"}, "`dataset_dict.json`: it cannot be read as JSON"),
+        ({"dataset_dict.json": "[]"}, "`dataset_dict.json`: it holds no JSON object"),
+        ({"dataset_dict.json": '{"splits": 5}'}, "has no split `train`"),
+        ({"state.json": "{}", "dataset_info.json": "{"}, "`dataset_info.json`: it cannot be read as JSON"),
+        ({"state.json": "{}", "dataset_info.json": '{"features": {"y": 1, "label": 2}}'}, "has no column `text`"),
+        ({"state.json": "{}", "dataset_info.json": '{"features": {"text": 1, "label": 2}}'}, None),
+    ],
+)
+def test_a_broken_data_set_is_told(tmp_path, files, said):
+    (tmp_path / "d").mkdir()
+    for name, text in files.items():
+        (tmp_path / "d" / name).write_text(text)
+    args = {"path": "d", "label": "label"}
+    problems = check_source("hf_dataset", args, tmp_path)
+    assert [said in problem.message for problem in problems] == ([] if said is None else [True])
+    assert label_count("hf_dataset", args, tmp_path) is None
+
+
+@pytest.mark.parametrize("path", ["~nobody-of-this-name/a.csv", "a" * 5000 + ".csv", "b\0c.csv", "d\0*.csv"])
+def test_a_path_that_no_system_has_is_not_there(tmp_path, path):
+    (problem,) = check_source("csv", {"path": path, "text": "text"}, tmp_path)
+    assert (problem.arg, problem.kind) == ("path", "file")
+    (problem,) = check_source("csv", {"path": "a.csv", "encoding": "a\0"}, tmp_path)
+    assert problem.message == "there is no encoding `a\0`"
+    (problem,) = check_source("csv", {"path": "a.csv", "label": "y", "labels": ("1", 0, 1)}, tmp_path)
+    assert problem.message == "a label stands twice in `labels`"

@@ -288,3 +288,44 @@ def test_a_named_value_on_the_teachers_side_trains_its_projection(let: str, name
     teacher = "l2norm(x=project(block=project/Q, x=detach(x=t/hidden.12)))"
     assert parts(checked, "hid") == [f"mse(student=s/hidden.4, teacher={teacher}, valid={VALID})"]
     assert set(checked.stages[0].trains) == {TrainTarget("project", "Q"), TrainTarget("model", "s")}
+
+
+def test_a_value_of_a_model_that_also_learns_is_detached_right_of_the_arrow() -> None:
+    models = TEACHER + "model mid = truncated(t, layers = [0, 2, 4, 6, 8, 10])\n" + SHORT
+    text = "let deep = mid.final\nlet twice[k] = k * mid.final\n"
+    text += "loss a = mse(s.final <- deep)\nloss b = mse(s.final <- twice[2])\nloss c = mse(mid.final <- t.final)\n"
+    checked = good(spec(text + stage("minimize a + b", "one") + stage("minimize c", "two"), models=models))
+    assert parts(checked, "a") == ["mse(student=s/hidden.4, teacher=detach(x=mid/hidden.6), valid=valid_tokens(x=batch/attention_mask))"]  # fmt: skip
+    (twice,) = parts(checked, "b")
+    assert "teacher=detach(x=mul(b=mid/hidden.6))" in twice
+    assert [found.name for found in checked.stages[0].trains] == ["s"]
+
+
+@pytest.mark.parametrize(
+    ("loss", "models", "last"),
+    [
+        ("mse(cls(2 * s.final) <- cls(t.final))", TEACHER + SHORT, False),
+        ("mse(cls(2 * s.final) <- cls(detach(s.final)))", CAUSAL, True),
+    ],
+)
+def test_the_token_that_stands_for_a_text_is_the_last_of_a_decoder(loss: str, models: str, last: bool) -> None:
+    checked = check(spec(f"loss a = {loss}\n" + stage("minimize a"), models, "" if last else REVIEWS))
+    assert checked.ok
+    found = [node(checked, key) for key in checked.graph if key.startswith("op/cls")]
+    assert [op.attr("last") for op in found if isinstance(op, OpNode)] == [last, last]
+
+
+def test_logits_that_are_projected_still_predict_the_next_token() -> None:
+    text = "project W = linear(s.V -> t.V)\nloss soft = kl(s.logits |> W <- t.logits)\n" + stage("minimize soft")
+    (made,) = parts(good(spec(text, CAUSAL, "")), "soft")
+    assert made.endswith(f"valid=and(a={VALID}, b=next_token(x={VALID})))")
+
+
+@pytest.mark.parametrize("student", ["2 * p.final", "p.final |> W", "(2 * p.final) |> W"])
+def test_what_is_made_of_other_texts_counts_their_tokens(student: str) -> None:
+    text = "project W = linear(s.H -> t.H)\npass p = s(roll(batch))\npass q = t(roll(batch))\n"
+    text += f"loss a = mse({student} <- q.final)\n" + stage("minimize a")
+    checked = check(spec(text, models=TEACHER + SHORT))
+    assert [d.code for d in checked.diagnostics if d.code != "W0701"] == []
+    (made,) = parts(checked, "a")
+    assert made.endswith("valid=valid_tokens(x=roll(x=batch/attention_mask)))")

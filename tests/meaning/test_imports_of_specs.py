@@ -125,3 +125,15 @@ def test_a_source_in_python(folder: Path) -> None:
 def test_a_missing_method_keeps_its_uses_silent() -> None:
     checked = check(spec('import "gkd:kd" use kdd\nuse kd(t -> s) as k\n' + HARD + stage("minimize hard + k.total")))
     assert codes(checked) == ["E0209"]
+
+
+@pytest.mark.parametrize("place", ["~nobody-of-this-name/a", "./" + "a" * 5000, "b\\u0000c"])
+def test_a_place_that_no_system_has_is_not_there(place: str) -> None:
+    for line, code in (
+        (f'student s = hf("{place}")', "E0501"),
+        (f'teacher t = cached("{place}")', "E0437"),
+        (f'import "{place}.gkd" as x', "E0512"),
+        (f'import python "{place}.py" as x', "E0513"),
+        (f'student s = hf("models/student") {{\n  adapter = peft("{place}")\n}}', "E0501"),
+    ):
+        assert code in codes(check(f"gkd 1\n{line}\n"))

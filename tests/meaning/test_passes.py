@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
+from meaning_help import GOLDEN, SHORT, TEACHER, check, codes, good, inputs, node, parts, spec, stage
 from meaning_help import LINES as LINES_OF_TEXT
-from meaning_help import SHORT, TEACHER, check, codes, good, inputs, node, parts, spec, stage
 
 from gkd_dsl.graph.nodes import AddToTap, ForwardNode, ReplaceBlock, SwapTap
 from gkd_dsl.graph.passes import compile_plan
+from gkd_dsl.meaning.passes import _attends
+from gkd_dsl.models.describe import describe
 
 LINES = "loss hard = cross_entropy(s.logits, batch.labels)\n"
 MINIMISED = stage("minimize hard")
@@ -194,3 +198,9 @@ loss hard = soft(s) + soft(y)
     checked = good(spec(body + MINIMISED, TWO))
     gradients = [key for key in checked.graph if key.startswith("op/gradient")]
     assert sorted(inputs(checked, key)["at"] for key in gradients) == ["s/hidden.2", "x/hidden.1"]
+
+
+@pytest.mark.parametrize("types", [True, 3, "full_attention", {"a": 1}, [], ["full_attention"], [None, None, None]])
+def test_a_list_of_layer_types_that_is_none_is_no_reason_to_fail(types: object) -> None:
+    info = describe(str(GOLDEN / "models/qwen_small"))
+    assert isinstance(_attends(replace(info, config={**info.config, "layer_types": types}), 2), str)
