@@ -48,6 +48,13 @@ def test_stairs_are_the_plateaus_of_annealing(total, plateaus, data):
     assert schedule.value(clock(step, total)) == pytest.approx(float(annealing(step, total, plateaus)), abs=1e-12)
 
 
+@pytest.mark.parametrize("total", [1, 2, 11, 20, 71])
+def test_stairs_are_those_of_annealing_at_each_step(total):
+    for plateaus in (2, 7, 10):
+        found = [Stairs(1 / plateaus, 1.0, plateaus, WHOLE).value(clock(step, total)) for step in range(total)]
+        assert found == pytest.approx([float(annealing(step, total, plateaus)) for step in range(total)], abs=1e-12)
+
+
 def test_seven_plateaus_go_from_a_seventh_to_one_and_are_equally_long():
     values = [Stairs(1 / 7, 1.0, 7, WHOLE).value(clock(step, 70)) for step in range(70)]
     assert [round(value, 4) for value in values[::10]] == [0.1429, 0.2857, 0.4286, 0.5714, 0.7143, 0.8571, 1.0]

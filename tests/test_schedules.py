@@ -111,13 +111,15 @@ def test_arithmetic_is_that_of_numbers_and_stays_in_its_bounds(op, left, right, 
         assert low - 1e-6 * abs(low) <= value <= high + 1e-6 * abs(high)
 
 
-@given(st.sampled_from("+-*/"), st.sampled_from([-1.0, 0.0, 1.0, 2.0]), shapes, totals)
-def test_a_number_on_the_left_or_right_of_a_schedule_is_that_number(op, number, ramp, total):
+@pytest.mark.parametrize("number", [-1.0, 0.0, 1.0, 2.0])
+@pytest.mark.parametrize("op", "+-*/")
+def test_a_number_on_either_side_of_a_schedule_is_that_number(op, number):
     def plain(a, b):
         return {"+": a + b, "-": a - b, "*": a * b, "/": a / b if b else math.nan}[op]
 
-    for step in (0, total // 2, total - 1):
-        at = clock(step, total)
+    ramp = Ramp(0.0, 3.0, Span(100.0, "percent"))
+    for step in (0, 5, 10):
+        at = clock(step, 11)
         for left, right in ((Constant(number), ramp), (ramp, Constant(number))):
             found, wanted = combine(op, left, right).value(at), plain(left.value(at), right.value(at))
             assert found == wanted or (math.isnan(found) and math.isnan(wanted))
