@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import networkx as nx
@@ -11,6 +12,7 @@ from hypothesis import given
 
 from gkd_dsl.graph.access import nodes
 from gkd_dsl.graph.nodes import (
+    AddToTap,
     BatchNode,
     ForwardNode,
     LossNode,
@@ -81,6 +83,55 @@ def test_taps_and_forwards_of_one_place_become_one() -> None:
     graph = share(hand.graph)
     assert keys(graph, TapNode) == {"s/hidden.1"} or keys(graph, TapNode) == {"s/again"}
     assert len(set(slots(graph, "op/mse.1").values())) == 1
+
+
+def passes() -> Hand:
+    """Beside the plain forward of `s` one that is for gradients alone, and two into which something enters."""
+    hand = Hand()
+    entering = {
+        "probe": "",
+        "learnt": hand.op("scale", attrs=(("by", 2.0),), x=hand.tap("s", 1)),
+        "cut": hand.op("detach", x=hand.tap("s", 1)),
+        "slope": hand.op("gradient", at=hand.tap("s", 1)),
+    }
+    for name, source in entering.items():
+        changes = (AddToTap(TapPath("hidden", 1), "add.0"),) if source else ()
+        forward = hand.add(ForwardNode(f"{name}/forward", "t", grad=False, changes=changes, discard=not source))
+        hand.connect("model/t", forward, "model")
+        hand.connect("batch/input_ids", forward, "input_ids")
+        if source:
+            hand.connect(source, forward, "add.0")
+        tap = hand.add(TapNode(f"{name}/hidden.3", "t", TapPath("hidden", 3), HIDDEN))
+        hand.connect(forward, tap, "forward")
+    atoms = [hand.atom(hand.tap("s", 2), f"{name}/hidden.3") for name in entering]
+    hand.stage("main", hand.loss("a", *atoms, hand.atom("s/hidden.2", hand.tap("t", 3))))
+    return hand
+
+
+def test_passes_that_differ_in_what_enters_them_or_in_their_gradient_stay_apart() -> None:
+    kept = keys(share(passes().graph), ForwardNode)
+    assert kept == {f"{name}/forward" for name in ("s", "t", "probe", "learnt", "cut", "slope")}
+    found = passes().graph
+    for name in ("probe", "t"):
+        found.nodes[f"{name}/forward"]["node"] = replace(
+            found.nodes[f"{name}/forward"]["node"], grad=False, discard=False
+        )
+    assert len(keys(share(found), ForwardNode)) == 5
+    # Where only what is done with the same tensor differs they are two as well.
+    found = passes().graph
+    node = found.nodes["learnt/forward"]["node"]
+    other = replace(node, key="other/forward", changes=(AddToTap(TapPath("hidden", 2), "add.0"),))
+    found.add_node(other.key, node=other)
+    for source, _, data in list(found.in_edges(node.key, data=True)):
+        found.add_edge(source, other.key, slot=data["slot"])
+    assert {"learnt/forward", "other/forward"} <= keys(share(found), ForwardNode)
+
+
+def test_a_frozen_model_has_a_gradient_where_something_learnt_enters_it_or_it_is_asked_for() -> None:
+    plan = compile_plan(passes().graph).stages[0]
+    assert {forward.key.partition("/")[0]: forward.grad for forward in plan.forwards} == {
+        "s": True, "t": False, "probe": True, "learnt": True, "cut": False, "slope": False,
+    }  # fmt: skip
 
 
 def test_a_loss_of_weight_zero_takes_its_taps_block_and_model_along() -> None:

@@ -114,6 +114,15 @@ def test_the_fingerprint_is_of_what_is_computed() -> None:
     moved.nodes["op/mse.1"]["node"] = replace(moved.nodes["op/mse.1"]["node"], locations=at(20))
     moved.nodes["loss/a"]["node"] = replace(moved.nodes["loss/a"]["node"], text="other words")
     assert fingerprint(moved) == fingerprint(graph)
+    # Nor does it matter where a size was read, or in which order a config has its fields.
+    info = moved.nodes["model/s"]["node"].info
+    turned = replace(info, config=dict(reversed(info.config.items())))
+    assert list(turned.config) != list(info.config)
+    moved.nodes["model/s"]["node"] = replace(moved.nodes["model/s"]["node"], info=turned)
+    tap = moved.nodes["s/hidden.2"]["node"]
+    dims = (*tap.type.dims[:-1], replace(tap.type.dims[-1], origin="elsewhere"))
+    moved.nodes["s/hidden.2"]["node"] = replace(tap, type=replace(tap.type, dims=dims))
+    assert fingerprint(moved) == fingerprint(graph)
     other = graph.copy()
     other.nodes["op/mse.1"]["node"] = replace(other.nodes["op/mse.1"]["node"], attrs=(("causal", True),))
     assert fingerprint(other) != fingerprint(graph)

@@ -97,6 +97,17 @@ def test_what_counts_from_a_model() -> None:
     assert caught.value.key == "op/mse.1"
 
 
+def test_what_a_metric_counts_from_a_model() -> None:
+    hand = Hand()
+    metric = hand.metric("m", hand.tap("s", 1), "batch/labels")
+    hand.connect(hand.valid(), metric, "valid")
+    verify(hand.graph)
+    hand = Hand()
+    metric = hand.metric("m", hand.tap("s", 1), "batch/labels")
+    hand.connect(hand.op("equal", MASK, a="s/hidden.1", b="batch/labels"), metric, "valid")
+    broken(hand.graph, metric, "what counts depends on")
+
+
 def test_what_counts_from_nothing() -> None:
     hand = Hand()
     hand.stage("main", hand.loss("a", hand.atom(hand.tap("s", 1), hand.tap("t", 1), valid=hand.op("ones", MASK))))
