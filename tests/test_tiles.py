@@ -17,11 +17,15 @@ def test_on_a_gpu_they_are_about_equal_and_have_multiples_of_128_rows():
     assert tiles(1024, element=4) == [256] * 4
     assert tiles(300, 2**22) == [128, 128, 44]
     assert tiles(0) == []
+    # Of a type that is not known: it is no CPU.
+    assert tiles(1000, device="xpu") == tiles(1000)
 
 
 @pytest.mark.parametrize("words", [2000, 32000, 151936])
 def test_on_a_gpu_there_are_two_where_there_are_rows_for_two(words):
     assert tiles(200, words) == [200]
+    assert tiles(255, words) == [255]
+    assert tiles(256, words) == [128, 128]
     assert tiles(512, words) == [256, 256]
     assert tiles(500, words) == [256, 244]
 

@@ -82,6 +82,16 @@ def test_what_a_host_can_keep_is_read_from_disk_once(compiled):
         assert dict(stage.work.disk).get("t weights", 0) == read
 
 
+@pytest.mark.parametrize(("field", "width"), [({"torch_dtype": "bfloat16"}, 2), ({"dtype": "float16"}, 2), ({}, 4)])
+def test_a_file_has_numbers_as_wide_as_its_config_says(field, width, compiled, tmp_path):
+    compiled()
+    config = tmp_path / "t" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | field))
+    teacher = next(m for m in estimate(compiled("teacher t { placement = disk }"), ONE)[0].models if m.name == "t")
+    # In memory they are as the precision of the run has them.
+    assert (teacher.read, teacher.moved) == (width * 8 * BLOCK, 4 * 8 * BLOCK)
+
+
 def test_what_gemini_moves_of_a_student(compiled):
     """For the forward and for the backward of each micro-batch: bf16 chunks, half of them here; gradients back."""
     plan = compiled("precision = bf16")
