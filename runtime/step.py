@@ -301,14 +301,7 @@ class StepModule(nn.Module):
         changes = edits(forward, env, self._lend, self.gradients.leaves.get(forward.key, ()))
         if forward.model not in self.models:
             return self.teachers.taps(forward, inputs, env, changes)
-        model = self.models[forward.model]
-        if forward.grad or not model.training:
-            return run_taps(self._tappers[forward.model], forward, inputs, env, changes)
-        model.eval()
-        try:
-            return run_taps(self._tappers[forward.model], forward, inputs, env, changes)
-        finally:
-            model.train()
+        return run_taps(self._tappers[forward.model], forward, inputs, env, changes)
 
     def _lend(self, model: str, layers: Sequence[int]) -> Sequence[nn.Module]:
         """Blocks of a model, to run in another's place."""

@@ -127,6 +127,21 @@ def test_four_times_two_is_eight(tmp_path):
         torch.testing.assert_close(sum(others), one, rtol=1e-9, atol=1e-10)
 
 
+def test_a_loss_that_is_in_two_losses_weighs_what_both_say(tmp_path):
+    body = KD.replace("stage main", "loss mixed = 2 * hard + 3 * soft\nstage main")
+    (plan,) = spec_of(tmp_path, "llama", body.replace("0.1 * back", "0.1 * back + 0.4 * mixed")).plan().stages
+    (group,) = fusions(plan)
+    assert len(group.terms) == 3
+    step, batch = StepModule(plan, models_of(plan)).eval(), batch_of()
+    counts = step.denominators([batch], CLOCK)
+    out, plain = step(batch, CLOCK, counts), step(batch, CLOCK, counts, fused=False)
+    terms = plain.terms
+    wanted = (0.5 + 0.8) * terms["hard"] + (0.7 + 1.2) * terms["soft"] + 0.1 * terms["back"]
+    torch.testing.assert_close(out.loss.detach(), wanted, rtol=1e-9, atol=1e-9)
+    for one, other in zip(gradients(step, out.loss), gradients(step, plain.loss), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-9)
+
+
 def test_a_batch_in_which_nothing_counts_gives_0(tmp_path):
     (plan,) = spec_of(tmp_path, "llama").plan().stages
     step, batch = StepModule(plan, models_of(plan)), batch_of()
@@ -253,6 +268,27 @@ def test_a_head_with_an_adapter_is_run_plain_and_on_refuses_it(tmp_path):
         else:
             step = StepModule(plan, made)
             assert not any(isinstance(item, Fused) for item in step._fused_program.instructions)
+
+
+@pytest.mark.parametrize("what", ["hook", "hook before", "quantised"])
+def test_a_head_that_does_more_than_its_product_is_run_plain(what, tmp_path):
+    (plan,) = spec_of(tmp_path, "llama").plan().stages
+    made, batch = models_of(plan), batch_of()
+    head = made["s"].lm_head
+    if what == "hook":
+        head.register_forward_hook(lambda module, args, found: 2.0 * found)
+    elif what == "hook before":
+        head.register_forward_pre_hook(lambda module, args: (2.0 * args[0],))
+    else:
+        # As the weights of torchao are, whose entries are no numbers to multiply with.
+        head.weight.__tensor_flatten__ = lambda: None
+    step = StepModule(plan, made).eval()
+    assert not any(isinstance(item, Fused) for item in step._fused_program.instructions)
+    labels = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+    logits = made["s"](input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    wanted = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    found = step(batch, CLOCK, step.denominators([batch], CLOCK)).terms["hard"]
+    torch.testing.assert_close(found, wanted.detach())
 
 
 def test_on_is_refused_with_the_reason_and_off_fuses_nothing(tmp_path):

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -172,6 +173,19 @@ def test_the_texts_of_a_rolled_pass_bring_their_types_and_positions(build):
     batch["position_ids"] = torch.arange(6)[None] + torch.tensor([[0], [3], [7]])
     plain = models["s"](**{k: v for k, v in batch.items() if k != "labels"}).logits
     torch.testing.assert_close(run(step, batch).loss, F.cross_entropy(plain, batch["labels"]))
+
+
+def test_the_mask_of_each_micro_batch_is_counted_as_it_is_drawn(build):
+    """Spans of the same texts, drawn anew: what counts of them differs, and the sum is that of the forwards."""
+    _, _, step = build(
+        "mask drawn = random_segment_starts(batch.attention_mask, share = 0.4) & (batch.input_ids != 7)\n"
+        "loss hard = mse(s.hidden[1] <- detach(s.hidden[2]), mask = drawn)"
+    )
+    batch = batch_of((12, 9, 7))
+    batch["input_ids"] = torch.where(torch.arange(12) % 2 == 1, 7, batch["input_ids"])
+    each = [step.count(batch, replace(CLOCK, micro=micro)) for micro in range(6)]
+    assert len({tuple(counts.values()) for counts in each}) > 1
+    assert step.denominators([batch] * 6, CLOCK) == {key: sum(one[key] for one in each) for key in each[0]}
 
 
 def test_a_model_that_trains_lends_its_blocks_without_training_by_it(build):

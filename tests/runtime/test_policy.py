@@ -392,6 +392,21 @@ def test_a_policy_is_no_part_of_the_models(world, whole):
     assert made.projections == {}
 
 
+def test_it_chooses_too_where_its_losses_have_no_weight_yet(world):
+    root, _ = world
+    text = SPEC.replace("loss soft = mean(", "loss soft = ramp(0 -> 1, until = 100%) * mean(")
+    plan = compile_plan(check_text(text, "spec.gkd", root=root).graph).stages[1]
+    models = {node.name: load(node.info, seed=number) for number, node in enumerate(plan.models)}
+    (batch,) = Rows(batches=1).epoch(0)
+    with Distiller(plan, models) as distiller:
+        for step in range(2):
+            distiller.step_to(step, 4)
+            pending = distiller.policies["pi"].pending
+            assert (pending is None) == (step == 0)
+            assert distiller(batch).item() == 0.0 or step
+    assert pending[0].shape[0] == len(batch["labels"])
+
+
 def test_a_loop_of_ones_own(world):
     """`step_to` ends a step: a policy of two steps' rewards has a mean, and learns from the third on."""
     _, plan = world

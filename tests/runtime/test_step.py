@@ -2,12 +2,14 @@
 
 import gc
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from plans import LOSSES, batch, models, stage_plan
 
+from gkd_dsl.runtime.program import generator
 from gkd_dsl.runtime.step import StepModule, make_projections
 from gkd_dsl.schedules import Clock
 
@@ -90,6 +92,15 @@ def test_equals_a_loop_by_hand_in_value_and_gradient(losses):
     assert ours.keys() == theirs.keys()
     for name, gradient in theirs.items():
         torch.testing.assert_close(ours[name], gradient, **({"rtol": 1e-5, "atol": 1e-7} if joined else exact))
+
+
+def test_draws_are_of_the_seed_the_operator_the_step_and_the_micro_batch():
+    def drawn(key="op/a", **of):
+        return torch.rand(8, generator=generator(key, replace(CLOCK, **of))).tolist()
+
+    assert drawn() == drawn()
+    others = [drawn("op/b"), drawn(seed=1), drawn(step=4), drawn(micro=1)]
+    assert all(other != drawn() for other in others)
 
 
 def test_taps_are_let_go_at_their_last_use():

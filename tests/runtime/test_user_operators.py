@@ -74,6 +74,12 @@ def test_what_it_raises_is_named_with_its_line(distiller_of) -> None:
     assert caught.value.hint == "in line 6 of its file"
 
 
+def test_it_is_run_in_full_precision_beside_forwards_in_half(distiller_of) -> None:
+    distiller = distiller_of("apart", "import torch; assert not torch.is_autocast_enabled('cpu')")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.isfinite(distiller(batch()))
+
+
 def test_memory_that_runs_out_stays_what_it_is(distiller_of) -> None:
     with pytest.raises(MemoryError):
         distiller_of("hungry", "raise MemoryError()")(batch())
