@@ -91,6 +91,14 @@ def test_a_mask_narrows_the_valid_tokens() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    "mask", ["h[0] > 0", "(h[0] > 0) & (batch.attention_mask != 0)", "batch.attention_mask == h[0]"]
+)
+def test_a_mask_that_is_partly_of_a_model_is_none(mask: str) -> None:
+    text = f"let h = t.final\nloss a = mse(s.final <- t.final, mask = {mask})\n" + stage("minimize a")
+    assert codes(check(spec(text, TEACHER + SHORT))) == ["E0305"]
+
+
 def test_a_causal_model_predicts_the_next_token() -> None:
     text = 'loss soft = kl(s.logits <- t.logits, align = "trim")\n' + HARD
     checked = good(spec(text + stage("minimize soft + hard"), models=CAUSAL, data=""))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -136,6 +137,11 @@ def test_a_pass_belongs_to_its_stage() -> None:
         ("pass x = s { swap hidden[0] from t.hidden[0] at batch.input_ids }", "E0247"),
         ("pass x = s { swap hidden[0] from t.hidden[0] at batch.labels == 1 }", "E0247"),
         ("pass x = s { swap hidden[0] from t.hidden[0] at t.logits > 0.5 }", "E0247"),
+        ("let h = t.final\npass x = s { swap hidden[0] from t.hidden[0] at h[0] > 0 }", "E0247"),
+        (
+            "let h = t.final\npass x = s { swap hidden[0] from t.hidden[0] at (h[0] > 0) & (batch.input_ids != 0) }",
+            "E0247",
+        ),
         ("pass x = s { swap hidden[0] from x.hidden[0] }", "E0242"),
         ("pass x = s { add embed = 1.0 }", "E0247"),
         ("pass x = s { replace layer[i] with t.layer[i] for i in 0 ..< 0 }", "E0219"),
@@ -204,3 +210,58 @@ loss hard = soft(s) + soft(y)
 def test_a_list_of_layer_types_that_is_none_is_no_reason_to_fail(types: object) -> None:
     info = describe(str(GOLDEN / "models/qwen_small"))
     assert isinstance(_attends(replace(info, config={**info.config, "layer_types": types}), 2), str)
+
+
+LLAMA = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 24,
+    "vocab_size": 40,
+}
+QWEN = {**LLAMA, "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "num_key_value_heads": 4}
+BERT = {**LLAMA, "model_type": "bert", "architectures": ["BertForMaskedLM"]}
+KINDS = {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 8}
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "blocks", "said"),
+    [
+        (LLAMA, LLAMA, (0, 1), None),
+        (LLAMA, {**LLAMA, "rope_theta": 5e5}, (0, 0), "`rope_theta`"),
+        (LLAMA, {**LLAMA, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}, (0, 0), "`rope_scaling`"),
+        (LLAMA, {**LLAMA, "num_key_value_heads": 2}, (0, 0), "key heads"),
+        (LLAMA, {**LLAMA, "head_dim": 8}, (0, 0), "width of a head"),
+        (LLAMA, {**QWEN}, (0, 0), "family"),
+        (BERT, {**BERT, "is_decoder": True, "architectures": ["BertLMHeadModel"]}, (0, 0), "what comes before"),
+        ({**QWEN, **KINDS}, {**QWEN, **KINDS}, (0, 0), None),
+        ({**QWEN, **KINDS}, {**QWEN, **KINDS}, (0, 1), "block 1 has another window"),
+        ({**QWEN, **KINDS}, {**QWEN, **KINDS, "sliding_window": 4}, (1, 1), "block 1 has another window"),
+        ({**QWEN, **KINDS}, {**QWEN, **KINDS, "sliding_window": 4}, (0, 0), None),
+    ],
+)
+def test_blocks_that_compute_something_else_in_the_place_of_others(
+    tmp_path, ours: dict, theirs: dict, blocks: tuple[int, int], said: str | None
+) -> None:
+    for name, config in (("s", ours), ("t", theirs)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    models = f'teacher t = hf("{tmp_path}/t")\nstudent s = hf("{tmp_path}/s")\n'
+    body = f"pass x = s {{ replace layer[{blocks[0]}] with t.layer[{blocks[1]}] }}\n"
+    body += "loss hard = cross_entropy(x.logits, batch.labels)\n"
+    found = [d for d in check(spec(body + MINIMISED, models, LINES_OF_TEXT)).diagnostics if d.severity == "error"]
+    assert [d.code for d in found] == ([] if said is None else ["E0270"])
+    assert said is None or any(said in label.text for label in found[0].labels)
+
+
+def test_a_teacher_runs_once_for_each_choice_of_texts() -> None:
+    body = "pass y = t(roll(batch))\npass same = t(roll(batch))\npass z = t(roll(batch, by = 2))\npass w = t(batch)\n"
+    body += "loss hard = " + " + ".join(
+        f"mse(s.layer[0].out <- {name}.layer[2].out)" for name in ("t", "w", "y", "same", "z")
+    )
+    checked = check(spec(body + "\n" + MINIMISED, TWO))
+    assert [d.code for d in checked.diagnostics if d.severity == "error"] == []
+    forwards = [found for found in plan_of(checked).forwards if found.model == "t"]
+    assert sorted(found.shift for found in forwards) == [0, 1, 2]
