@@ -37,7 +37,7 @@ stage main for {STEPS} steps {{
   accumulate = 2
   max_length = 12
   minimize soft + 0.1 * hidden
-  optim = adamw(lr = 1e-2, eps = 0.1, clip = 0.05)
+  optim = adamw(lr = 1e-2, eps = 0.1, clip = 0.05, weight_decay = 2.0)
   evaluate acc every 2 steps
   keep best by acc
   checkpoint_every = 2 steps
@@ -117,6 +117,23 @@ def same(run, whole, rtol=0.01):
         np.testing.assert_allclose(tensors[name], tensor, rtol=0.02, atol=3e-3)
 
 
+def optimiser(run):
+    """The optimiser's tensors in the last checkpoint, by what they are; all parameters in one."""
+    found = {}
+    for key, value in sorted(read(run / "checkpoints" / f"main-{STEPS}").optimizer.items()):
+        found.setdefault(key.partition("/")[0], []).append(value.float().reshape(-1))
+    return {what: torch.cat(values) for what, values in found.items()}
+
+
+def same_optimiser(run, whole):
+    """The step and the moments are those of all steps, and not of those since the run went on."""
+    found, expected = optimiser(run), optimiser(whole)
+    assert found.keys() == expected.keys() == {"step", "exp_avg", "exp_avg_sq"}
+    assert torch.equal(found["step"], torch.full_like(expected["step"], STEPS))
+    for what, value in expected.items():
+        assert (found[what] - value).norm() <= 0.1 * value.norm(), what
+
+
 def test_the_run_and_the_export_are_those_of_the_local_backend(place):
     ran(1, HERE / "gemini_run.py", "run", "local.gkd", "--offline", "--out", "local", cwd=place)
     same(place / "whole", place / "local", rtol=0.03)
@@ -125,6 +142,9 @@ def test_the_run_and_the_export_are_those_of_the_local_backend(place):
     gemini, local = (read(place / run / "checkpoints" / f"main-{STEPS}") for run in ("whole", "local"))
     assert gemini.optimizer.keys() == local.optimizer.keys()
     assert all(gemini.optimizer[key].shape == value.shape for key, value in local.optimizer.items())
+    same_optimiser(place / "whole", place / "local")
+    # Biases and the scales of norms do not decay.
+    assert gemini.models["s"]["bert.encoder.layer.0.output.LayerNorm.weight"].mean() > 0.99
     # Masters are saved, not what bf16 leaves of them.
     weights = gemini.models["s"].values()
     assert any(not torch.equal(value, value.bfloat16().float()) for value in weights if value.is_floating_point())
@@ -146,6 +166,7 @@ def test_stopped_it_goes_on_in_another_number(place, spec, before, after):
     assert len(steps(run)) < STEPS
     ran(after, HERE / "gemini_run.py", "run", f"{spec}.gkd", "--offline", "--out", run.name, "--resume", cwd=place)
     same(run, place / "whole")
+    same_optimiser(run, place / "whole")
 
 
 @pytest.mark.parametrize("killed", [0, 1])
@@ -168,3 +189,4 @@ def test_killed_in_the_middle_of_a_step(place, killed):
     assert read(run / "checkpoints" / "main-2").position.step == 2
     ran(2, HERE / "gemini_run.py", *words, "--resume", cwd=place)
     same(run, place / "whole")
+    same_optimiser(run, place / "whole")

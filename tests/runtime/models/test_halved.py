@@ -3,6 +3,7 @@
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, FAMILY_NAMES, batch_of, build
 
 from gkd_dsl.models.describe import describe
@@ -92,4 +93,10 @@ def test_what_is_saved_in_bf16(folder, tmp_path):
     assert not saved_in(info, torch.bfloat16)
     load(info).to(torch.bfloat16).save_pretrained(tmp_path / "b")
     assert saved_in(describe(str(tmp_path / "b")), torch.bfloat16)
+    assert not saved_in(describe(str(tmp_path / "b")), torch.float16)
+    # Norms in fp32 beside matrices in bf16: what is copied from the rounded ones would not be exact.
+    file = tmp_path / "b" / "model.safetensors"
+    weights = {name: value.float() if value.ndim == 1 else value for name, value in load_file(file).items()}
+    save_file(weights, file, metadata={"format": "pt"})
+    assert not saved_in(describe(str(tmp_path / "b")), torch.bfloat16)
     assert not saved_in(build(folder, "bert").info, torch.bfloat16)

@@ -53,6 +53,16 @@ def test_stops_at_the_tap_and_gives_the_same(make, batch, close, family, stop, b
         assert torch.equal(stopped[path], whole[path])
 
 
+def test_the_same_taps_stop_where_they_are_told_each_time(make, batch):
+    """Where hooks go is found once for each set of taps, and for each stop."""
+    tiny, paths = make("bert"), [TapPath("hidden", 1)]
+    calls, _ = count_calls(tiny)
+    for stop, blocks in ((None, [0, 1, 2]), (TapPath("hidden", 2), [0, 1]), (paths[0], [0]), (None, [0, 1, 2])):
+        tiny.tapper.run(batch(), paths, stop_after=stop)
+        assert calls == blocks
+        calls.clear()
+
+
 def test_the_attention_of_the_stop_is_not_finished(make, batch):
     tiny = make("bert")
     done = []
