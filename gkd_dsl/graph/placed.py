@@ -8,6 +8,7 @@ from gkd_dsl.graph.nodes import AttrValue
 from gkd_dsl.graph.passes.sparse import TopK, sparse
 from gkd_dsl.graph.plan import HeadPlan, StagePlan
 from gkd_dsl.graph.stored import sparse_keys, temperatures
+from gkd_dsl.models.heads import is_packed
 
 _IN_MEMORY = ("resident", "offload", "disk")
 
@@ -19,7 +20,7 @@ def as_placed(
     said = {name.rpartition(".")[::2]: value for name, value in runtime}
     trained = {target.name for target in plan.stage.trains if target.kind == "model"}
     placed = {node.name: said.get((node.name, "placement"), "resident") for node in plan.models}
-    packed = {node.name for node in plan.models if node.info.quantised is not None}
+    infos = {node.name: node.info for node in plan.models}
     keys: dict[str, TopK] = {}
     for name, place in placed.items():
         if place == "cached" and name not in trained:
@@ -28,6 +29,7 @@ def as_placed(
             keys |= {key: TopK(count, temperatures(plan, name)) for key, count in found.items()}
 
     def there(head: HeadPlan) -> bool:
-        return head.model in trained or (placed[head.model] in _IN_MEMORY and head.model not in packed)
+        here = placed[head.model] in _IN_MEMORY and not is_packed(infos[head.model], head.module)
+        return head.model in trained or here
 
     return sparse(plan, keys), there

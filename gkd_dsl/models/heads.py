@@ -62,5 +62,14 @@ def linear_head(info: ModelInfo) -> LinearHead | None:
     return None
 
 
+def is_packed(info: ModelInfo, module: str) -> bool:
+    """Whether a head is quantised with the rest of its model. The libraries leave it out unless others are named."""
+    if info.quantised is None:
+        return False
+    given = dict(info.quantised.args)
+    left = given.get("llm_int8_skip_modules", given.get("modules_to_not_convert"))
+    return left is not None and not any(module == name or module.endswith(f".{name}") for name in left)
+
+
 def _field(info: ModelInfo, name: str, default: Any) -> Any:
     return info.config.get(name, default)

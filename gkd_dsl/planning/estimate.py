@@ -10,6 +10,7 @@ from gkd_dsl.graph.passes.fuse import fuse
 from gkd_dsl.graph.passes.sparse import TopK, sparse
 from gkd_dsl.graph.plan import HeadPlan, SpecPlan, StagePlan
 from gkd_dsl.graph.stored import refusals, sparse_keys, student_task, temperatures
+from gkd_dsl.models.heads import is_packed
 from gkd_dsl.planning import operators, parameters
 from gkd_dsl.planning.blocks import Shape
 from gkd_dsl.planning.chunks import chunks
@@ -186,7 +187,8 @@ def _fused(stage: StagePlan, models: Mapping[str, Model], setup: Setup) -> Stage
 
     def there(head: HeadPlan) -> bool:
         model = models[head.model]
-        return bool(model.trained.count) or model.placed.where in ("resident", *STREAMED)
+        here = model.placed.where in ("resident", *STREAMED) and not is_packed(model.node.info, head.module)
+        return bool(model.trained.count) or here
 
     return fuse(replace(stage, fuse_logits="auto"), there)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import networkx as nx
@@ -16,7 +17,8 @@ from rich.console import Console
 from gkd_dsl.graph.explain import Explanation, StageExplanation, explain, render
 from gkd_dsl.graph.explain_words import condition, optim_words, source_words
 from gkd_dsl.graph.nodes import OptimSpec, SourceSpec, TrainTarget
-from gkd_dsl.schedules import Constant, InDrawnMap, Ramp, Span
+from gkd_dsl.schedules import Clock, Coin, Constant, InDrawnMap, Ramp, Span, combine
+from gkd_dsl.types import BATCH, LENGTH, LossType
 
 GOLDEN = Path(__file__).parent / "explain"
 
@@ -153,6 +155,45 @@ def test_a_loss_without_a_mask_counts_all() -> None:
     hand = Hand()
     hand.stage("main", hand.loss("a", hand.atom(hand.tap("s", 1), hand.tap("t", 1))))
     assert stage(hand.graph).losses[0].terms[0].counts == "every position, padding too"
+
+
+def test_weights_of_values_and_the_order_of_pairs_in_words() -> None:
+    hand = Hand()
+    atom = hand.op(
+        "mse", LossType((BATCH, LENGTH, LENGTH)), attrs=(("causal", True),), student=hand.tap("s", 1),
+        teacher=hand.tap("t", 1), valid=hand.valid(), token_weight="batch/labels", sample_weight="batch/input_ids",
+    )  # fmt: skip
+    hand.stage("main", hand.loss("a", atom))
+    (term,) = stage(hand.graph).losses[0].terms
+    assert term.counts == (
+        "pairs of valid tokens (attention_mask), the key not after the query; "
+        "values times the token weight labels; values times the sample weight input_ids"
+    )
+
+
+def test_weights_are_those_of_the_stages_clock() -> None:
+    """Tokens of all micro-batches, and draws of the stage's seed."""
+    hand = Hand()
+    loss = hand.loss("a", hand.atom(hand.tap("s", 1), hand.tap("t", 1)))
+    ramp, coin = Ramp(0.0, 1.0, Span(8.0 * 3 * 4 * 100, "tokens")), Coin(Constant(0.5), "c")
+    key = hand.stage("main", loss, weights=(combine("*", ramp, Constant(2.0)),))
+    node = replace(hand.graph.nodes[key]["node"], accumulate=4, batch_size=8, seed=5)
+    hand.graph.nodes[key]["node"] = node
+    found = stage(hand.graph, length=3, total_steps=101)
+    assert found.weights[0].values == pytest.approx([2 * min(1.0, point / 100) for point in found.points])
+    hand.graph.nodes[key]["node"] = replace(node, weights=(coin,))
+    drawn = [stage(hand.graph, total_steps=101).weights[0].values]
+    assert drawn == [tuple(coin.value(Clock(point, 101, 101.0, seed=5)) for point in found.points)]
+
+
+def test_scores_and_probs_of_a_layer_are_one_hook(tmp_path: Path) -> None:
+    path = deep(tmp_path)
+    loss = "loss attn = " + " + ".join(
+        f"mse(s.layer[3].attn.{part} <- t.layer[3].attn.{part})" for part in ("scores", "probs")
+    )
+    lines = [loss if line.startswith("loss attn") else line for line in path.read_text().splitlines()]
+    path.write_text("\n".join(lines).replace("minimize hid + emb + attn", "minimize attn"))
+    assert [forward.hooks for forward in explain(checked(path)).stages[0].forwards] == [1, 1]
 
 
 def test_forwards_say_how_far_they_run(twelve: Explanation) -> None:

@@ -96,7 +96,7 @@ def passes() -> Hand:
     }
     for name, source in entering.items():
         changes = (AddToTap(TapPath("hidden", 1), "add.0"),) if source else ()
-        forward = hand.add(ForwardNode(f"{name}/forward", "t", grad=False, changes=changes, discard=not source))
+        forward = hand.add(ForwardNode(f"{name}/forward", "t", changes=changes, discard=not source))
         hand.connect("model/t", forward, "model")
         hand.connect("batch/input_ids", forward, "input_ids")
         if source:
@@ -112,10 +112,7 @@ def test_passes_that_differ_in_what_enters_them_or_in_their_gradient_stay_apart(
     kept = keys(share(passes().graph), ForwardNode)
     assert kept == {f"{name}/forward" for name in ("s", "t", "probe", "learnt", "cut", "slope")}
     found = passes().graph
-    for name in ("probe", "t"):
-        found.nodes[f"{name}/forward"]["node"] = replace(
-            found.nodes[f"{name}/forward"]["node"], grad=False, discard=False
-        )
+    found.nodes["probe/forward"]["node"] = replace(found.nodes["probe/forward"]["node"], discard=False)
     assert len(keys(share(found), ForwardNode)) == 5
     # Where only what is done with the same tensor differs they are two as well.
     found = passes().graph

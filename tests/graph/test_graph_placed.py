@@ -36,6 +36,23 @@ KEPT = 'teacher t {\n placement = cached\n cache = "kept"\n top_k = %d\n}'
     ],
 )
 def test_heads_that_run_with_the_losses(runtime, heads, tmp_path):
+    assert fused(SPEC.replace("RUNTIME", runtime), tmp_path) == heads
+
+
+@pytest.mark.parametrize(
+    ("how", "heads"),
+    [
+        ("bitsandbytes(load_in_8bit = true)", [("s", "t")]),
+        ('bitsandbytes(load_in_8bit = true, llm_int8_skip_modules = ["lm_head"])', [("s", "t")]),
+        ('bitsandbytes(load_in_8bit = true, llm_int8_skip_modules = ["q_proj"])', [("s",)]),
+    ],
+)
+def test_a_head_that_is_quantised_is_not_run_with_them(how, heads, tmp_path):
+    text = SPEC.replace('hf("t")', f'hf("t") {{\n  quantize = {how}\n}}').replace("RUNTIME", "precision = bf16")
+    assert fused(text, tmp_path) == heads
+
+
+def fused(text, tmp_path):
     for name, layers in (("t", 3), ("s", 2)):
         (tmp_path / name).mkdir()
         config = {
@@ -44,7 +61,7 @@ def test_heads_that_run_with_the_losses(runtime, heads, tmp_path):
         }  # fmt: skip
         (tmp_path / name / "config.json").write_text(json.dumps(config))
     (tmp_path / "rows.csv").write_text("text\n" + "some words\n" * 9)
-    checked = check_text(SPEC.replace("RUNTIME", runtime), "placed.gkd", root=tmp_path)
+    checked = check_text(text, "placed.gkd", root=tmp_path)
     assert [d.message for d in checked.diagnostics.errors] == []
     (stage,) = explain(checked.graph, runtime=checked.runtime).stages
-    assert [row.models for row in stage.fused] == heads
+    return [row.models for row in stage.fused]
