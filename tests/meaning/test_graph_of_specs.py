@@ -21,6 +21,7 @@ from meaning_help import (
     parts,
     spec,
     stage,
+    tree,
 )
 
 from gkd_dsl.aligners import random_sorted
@@ -337,3 +338,24 @@ def test_what_is_made_of_other_texts_counts_their_tokens(student: str) -> None:
     assert [d.code for d in checked.diagnostics if d.code != "W0701"] == []
     (made,) = parts(checked, "a")
     assert made.endswith("valid=valid_tokens(x=roll(x=batch/attention_mask)))")
+
+
+def test_the_mean_of_tensors_is_their_sum_over_their_number() -> None:
+    text = "let {0} = {1}(s.layer[i].out for i in 0 ..< 4)\n"
+    text = text.format("total", "sum") + text.format("middle", "mean")
+    text += "loss a = mse(total <- detach(s.final))\nloss b = mse(middle <- detach(s.final))\n"
+    checked = good(spec(text + stage("minimize a + b"), STUDENT))
+    found = [op for op in (node(checked, key) for key in checked.graph) if isinstance(op, OpNode) and op.op == "mul"]
+    assert [op.attr("b") for op in found] == [0.25]
+    (made,) = parts(checked, "b")
+    assert made.startswith("mse(student=mul(a=add(a=add(a=add(")
+
+
+def test_a_loss_that_is_taken_by_samples_counts_as_it_did_alone() -> None:
+    masked = "mse(s.final <- t.final, mask = batch.input_ids != 7)"
+    text = f"let w = softmax(t.logits)\nloss a = mean(w[0] * per_sample({masked}))\nmetric m = {masked}\n"
+    checked = good(spec(text + stage("minimize a\nevaluate m every 1 epoch"), TEACHER + SHORT))
+    counted = f"and(a={VALID}, b=not_equal(a=batch/input_ids))"
+    (key,) = (key for key in checked.graph if key.startswith("op/per_sample"))
+    for found in (key, "metric/m"):
+        assert tree(checked, inputs(checked, found)["valid"]) == counted

@@ -147,6 +147,7 @@ def test_a_pass_belongs_to_its_stage() -> None:
         ("pass x = s { replace layer[i] with t.layer[i] for i in 0 ..< 0 }", "E0219"),
         ("pass x = s { replace layer[i] with t.layer[i] for i in s.N }", "E0217"),
         ("pass x = s { add embed = s.logits }", "E0247"),
+        ("let h = s.final\npass x = s { add embed = h[0] }", "E0247"),
         ("pass x = s { add layer[0].mlp = s.layer[0].out }", "E0247"),
         ("pass x = s { grad = drop }", "E0402"),
         ("pass x = s { noise = 1 }", "E0408"),

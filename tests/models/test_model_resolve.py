@@ -219,3 +219,9 @@ def test_parts(save):
     for model, part in ((bare, "head"), (info, "heads"), (info, "layer.3"), (info, "layer.x")):
         with pytest.raises(ModelError):
             part_modules(model, part)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_keys_and_values_are_split_into_their_own_heads(save, family):
+    info = describe(save(family, num_attention_heads=4, num_key_value_heads=2))
+    assert [hook(info, TapPath("layer", 1, f"attn.{part}")).heads for part in "qkv"] == [4, 2, 2]

@@ -172,3 +172,24 @@ def test_a_changed_file_is_read_again(tmp_path):
     before = read_vocabulary(tmp_path)
     path.write_text(json.dumps(changed(normalizer__lowercase=False)["tokenizer.json"]))
     assert read_vocabulary(tmp_path) != before
+
+
+def test_scores_of_pieces_count(save):
+    """A unigram model cuts a text where the sum of the scores is largest: other scores are other ids."""
+    pieces = [["<unk>", 0.0], ["a", -1.0], ["b", -2.0], ["ab", -2.5]]
+    model = {"type": "Unigram", "unk_id": 0, "vocab": pieces}
+    other = {**model, "vocab": [*pieces[:3], ["ab", -3.5]]}
+    assert same_ids(save(changed(model=model)), save(changed(model=model))) is True
+    assert same_ids(save(changed(model=model)), save(changed(model=other))) is False
+
+
+@pytest.mark.parametrize(
+    ("lowercase", "accents", "same"), [(True, True, True), (True, False, False), (False, False, None)]
+)
+def test_accents_go_with_capitals_unless_it_is_said(save, lowercase, accents, same):
+    plain = save(changed())
+    said = {"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True}
+    given = save(changed(normalizer={**said, "lowercase": lowercase, "strip_accents": accents}))
+    unsaid = save(changed(normalizer={**said, "lowercase": lowercase, "strip_accents": None}))
+    assert same_ids(unsaid, given) is (True if same is None else same)
+    assert same_ids(plain, given) is bool(same)
