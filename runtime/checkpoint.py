@@ -111,7 +111,8 @@ class Checkpoints:
         name = f"{position.stage.replace('/', '.')}-{position.step}"
         target, work = self.folder / name, self.folder / f".{name}.{os.getpid()}"
         last = self.pointed("last")
-        kept = f"the checkpoint {last.name} is whole" if last is not None else "no checkpoint is there yet"
+        whole = f"then go on with `--resume`: the checkpoint {last.name} is whole" if last is not None else ""
+        kept = whole or "no checkpoint is there yet"
         try:
             with writing("a checkpoint", self.folder, kept):
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -137,13 +138,26 @@ class Checkpoints:
         return target
 
     def pointed(self, name: str) -> Path | None:
-        """The checkpoint that `last` or `best` names; None where there is none."""
+        """The checkpoint that `last` or `best` names; None where there is none.
+
+        Where `last` names none, as after a kill before it was written or in a copy that lacks it, it is the newest.
+        """
         try:
             text = (self.run / name).read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError):
-            return None
+        except (OSError, ValueError):
+            text = ""
         path = self.run / text
-        return path if text and (path / _STATE).is_file() else None
+        if text and (path / _STATE).is_file():
+            return path
+        return self._newest() if name == "last" else None
+
+    def _newest(self) -> Path | None:
+        """The checkpoint that is the furthest in the run, by what it says itself."""
+        found = [
+            (_reached(path), path) for path in self.folder.glob(f"*/{_STATE}") if not path.parent.name.startswith(".")
+        ]
+        there = [(reached, path.parent) for reached, path in found if reached is not None]
+        return max(there)[1] if there else None
 
     def drop_best(self) -> None:
         """Forget the best of an earlier stage. Raises RunError."""
@@ -179,6 +193,15 @@ class Checkpoints:
                 shutil.rmtree(path, ignore_errors=True)
 
 
+def _reached(state: Path) -> tuple[int, int] | None:
+    """The number of the stage and the step of a checkpoint by its file; None for one that cannot be read."""
+    try:
+        position = json.loads(state.read_text(encoding="utf-8"))["position"]
+        return int(position["order"]), int(position["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def read(folder: Path) -> State:
     """A checkpoint. Raises RunError for one that is missing, damaged, or of another version of the format."""
     try:
@@ -193,12 +216,14 @@ def read(folder: Path) -> State:
             safetensors.torch.load_file(folder / _PROJECTIONS),
             safetensors.torch.load_file(folder / _OPTIMIZER),
             data["rng"],
-            json.loads((folder / _SPEC).read_text(encoding="utf-8")),
+            dict(json.loads((folder / _SPEC).read_text(encoding="utf-8"))),
             # Checkpoints of specs without policies have no such file.
             safetensors.torch.load_file(folder / _POLICIES) if (folder / _POLICIES).is_file() else {},
         )
     except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
-        raise RunError(CHECKPOINT, f"the checkpoint {folder} cannot be read: {error}") from error
+        others = sorted(path.parent.name for path in folder.parent.glob(f"*/{_STATE}") if path.parent != folder)
+        hint = f"to go on from {others[-1]}, write checkpoints/{others[-1]} into the file `last`" if others else ""
+        raise RunError(CHECKPOINT, f"the checkpoint {folder} cannot be read: {error}", hint) from error
 
 
 def _write(folder: Path, state: State) -> None:

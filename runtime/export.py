@@ -61,7 +61,7 @@ def export(
     model does not have.
     """
     target = Path(folder)
-    _refuse_foreign(target)
+    refuse_foreign(target)
     if adapter is None:
         with adapters.merged(model):
             _refuse_strangers(model)
@@ -111,7 +111,11 @@ def weight_bytes(folder: str | Path) -> int:
     return sum(path.stat().st_size for pattern in names for path in Path(folder).glob(pattern))
 
 
-def _refuse_foreign(target: Path) -> None:
+def refuse_foreign(target: Path) -> None:
+    """Raise ExportError where something else is in the way of an export."""
+    above = next((folder for folder in target.parents if folder.exists()), None)
+    if above is not None and not above.is_dir():
+        raise ExportError(f"`{above}` is a file", "name a folder that is not below one")
     if not target.exists():
         return
     if not target.is_dir():

@@ -89,10 +89,13 @@ class RunLog:
 
     def close(self) -> None:
         """Flush and close."""
-        self._close_board()
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        try:
+            self._close_board()
+        finally:
+            if self._file is not None:
+                file, self._file = self._file, None
+                with writing("metrics.jsonl", self._folder.path):
+                    file.close()
 
     def _line(self, data: dict[str, Any]) -> None:
         if self._file is None:
@@ -120,11 +123,7 @@ class RunLog:
         if not self._folder.metrics.exists():
             return
         kept = []
-        for line in self._folder.metrics.read_text(encoding="utf-8").splitlines():
-            try:
-                data = json.loads(line)
-            except ValueError:
-                continue
+        for line, data in _records(self._folder):
             if (data["order"], data["step"]) <= (position.order, position.step):
                 kept.append(line + "\n")
         work = self._folder.path / f".metrics.{os.getpid()}"
@@ -137,13 +136,28 @@ class RunLog:
 
 def evaluations(folder: RunFolder) -> Iterator[EvaluateRecord]:
     """The evaluations that a run has logged so far."""
-    if not folder.metrics.exists():
-        return
-    for line in folder.metrics.read_text(encoding="utf-8").splitlines():
-        data = json.loads(line)
+    for _, data in _records(folder):
         if data["kind"] == "evaluate":
             found = {name: math.nan if value is None else value for name, value in data["metrics"].items()}
             yield EvaluateRecord(data["stage"], data["step"], found, data["best"])
+
+
+def _records(folder: RunFolder) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The lines of the log with what they hold; one that is cut short, or none of ours, is left out."""
+    if not folder.metrics.exists():
+        return
+    for line in folder.metrics.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            data = json.loads(line)
+            fits = (
+                data["kind"] in ("step", "evaluate")
+                and isinstance(data["order"], int)
+                and isinstance(data["step"], int)
+            )
+        except (ValueError, KeyError, TypeError):
+            continue
+        if fits:
+            yield line, data
 
 
 def _json(value: Any) -> Any:

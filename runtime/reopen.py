@@ -10,6 +10,7 @@ from gkd_dsl.runtime.backends.local import LocalBackend
 from gkd_dsl.runtime.checkpoint import Position
 from gkd_dsl.runtime.errors import CANNOT_RUN, CHECKPOINT, RunError
 from gkd_dsl.runtime.evaluate import Evaluator
+from gkd_dsl.runtime.export import ExportError, refuse_foreign
 from gkd_dsl.runtime.loop import length_of
 from gkd_dsl.runtime.run_folder import RunFolder
 from gkd_dsl.runtime.session import export_model, plan_of, students
@@ -52,12 +53,17 @@ def evaluate_run(checked: Checked, folder: Path, checkpoint: str = "last") -> di
         with run.enough(f"evaluate stage `{plan.name}`", plan):
             found[plan.name] = dict(evaluator(names, made.loader.held_out(), run.backend, clock))
     if not found:
-        raise RunError(CANNOT_RUN, "this spec has no metric", "declare one: `metric acc = accuracy(...)`")
+        hint = "declare one by `metric acc = accuracy(...)`, and write `evaluate acc every 1 epoch` in the stage"
+        raise RunError(CANNOT_RUN, "no stage of this spec evaluates a metric", hint)
     return found
 
 
 def export_run(checked: Checked, folder: Path, checkpoint: str, to: Path, model: str | None) -> tuple[Path, str]:
     """Write a model of a run: its folder and its name in the spec. Raises RunError, ExportError and SpecError."""
+    refuse_foreign(to)
+    if model is not None and checked.models[model].info.quantised is not None:
+        hint = f"it is as it was before the run: load it from {checked.models[model].info.location}"
+        raise ExportError(f"`{model}` is quantised, and packed weights are not written", hint)
     run, _ = _open(checked, folder, checkpoint)
     name = model or next(iter(students(run.plan)), None)
     if name is None:

@@ -238,8 +238,10 @@ def about(folder: Path) -> dict[str, Any]:
         spec, params = Path(found["spec"]), dict(found["params"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(CANNOT_RUN, f"{folder} is not a run folder", f"it has no readable {_ABOUT}") from error
-    # A run may be looked at from elsewhere than it was started from.
-    written = found["spec"] if spec.is_file() else found.get("path") or found["spec"]
+    # A run may be looked at from elsewhere than it was started from, where another spec may have this name.
+    own = Path(str(found.get("path") or spec))
+    here = spec.is_file() and (not own.is_file() or spec.samefile(own))
+    written = str(spec if here else own)
     return found | {"spec": written, "params": params}
 
 

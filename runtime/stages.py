@@ -404,8 +404,8 @@ class Run:
             return self._saved()
         begun = self.folder.path / _PLAN
         try:
-            spec = json.loads(begun.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            spec = dict(json.loads(begun.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
             raise RunError(CHECKPOINT, f"{self.folder.path} holds no run to go on from", "start a new run") from error
         checkpoint.refuse_other_spec(spec, self._fingerprint, begun)
         return None

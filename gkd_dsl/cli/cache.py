@@ -32,7 +32,7 @@ def cache(
     require_ok(result)
     from gkd_dsl.cli.run import STOPPED, in_words
 
-    with in_words():
+    with in_words("the rows that are in a file by now are kept: go on with `--resume`"):
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

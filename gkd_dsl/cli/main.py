@@ -49,8 +49,15 @@ def _nothing() -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line; the process ends with 0, 1 (spec or run at fault) or 2 (usage)."""
-    words = sys.argv[1:] if arguments is None else arguments
+    """Run the command line; the process ends with 0, 1 (spec or run at fault), 2 (usage) or 130 (interrupted)."""
+    try:
+        _main(sys.argv[1:] if arguments is None else arguments)
+    except KeyboardInterrupt:
+        # While modules are imported, which is before a command can say what is kept.
+        sys.exit(130)
+
+
+def _main(words: list[str]) -> None:
     if words[:1] == ["--version"]:
         from importlib.metadata import version
 

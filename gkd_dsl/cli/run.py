@@ -22,8 +22,8 @@ Run = Annotated[Path, typer.Argument(metavar="RUN", help="a run folder")]
 
 
 @contextmanager
-def in_words() -> Iterator[None]:
-    """End with what went wrong in words; a traceback would be a fault of ours."""
+def in_words(kept: str = "") -> Iterator[None]:
+    """End with what went wrong in words; a traceback would be a fault of ours. `kept` is said of an interruption."""
     from gkd_dsl.models.errors import ModelError
     from gkd_dsl.runtime.data import DataError
     from gkd_dsl.runtime.errors import RunError, Stopped
@@ -47,7 +47,7 @@ def in_words() -> Iterator[None]:
         typer.echo(str(stopped), err=True)
         raise typer.Exit(STOPPED) from stopped
     except KeyboardInterrupt as error:
-        typer.echo("interrupted before a checkpoint could be written", err=True)
+        typer.echo(f"interrupted; {kept}" if kept else "interrupted", err=True)
         raise typer.Exit(STOPPED) from error
 
 
@@ -82,7 +82,7 @@ def run(
         if ranked:
             fail("this process is one of several already: leave out `--processes`", USAGE)
         _launch(spec, params, processes, out=out, resume=resume, offline=offline, json=json)
-    with in_words():
+    with in_words("the last checkpoint, where there is one, is whole: go on with `--resume`"):
         from rich.console import Console
 
         from gkd_dsl.runtime.progress import Progress
@@ -207,7 +207,7 @@ def export(
     result, folder = _opened(folder)
     if model is not None and model not in result.models:
         fail(f"the spec has no model {model}; its models: {', '.join(result.models)}")
-    with in_words():
+    with in_words("nothing was exported"):
         from gkd_dsl.runtime.reopen import export_run
 
         path, name = export_run(result, folder, checkpoint, to, model)

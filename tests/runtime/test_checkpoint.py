@@ -266,3 +266,38 @@ def test_equal_plans_have_equal_fingerprints_wherever_the_files_lie():
     assert found["stage `main`: weight of `hid`"] == "ramp(0 -> 1, until = 50%)"
     assert found["stage `main`: duration"] == "10 steps"
     assert not any(str(info("s").path) in value for value in found.values())
+
+
+@pytest.mark.parametrize("text", [None, "", "checkpoints/gone\n", "../..\n"])
+def test_where_last_names_none_it_is_the_one_furthest_in_the_run(tmp_path, text):
+    """As after a kill before it was written, or in a copy without it: nothing begins anew over what is there."""
+    store = Checkpoints(tmp_path)
+    assert store.pointed("last") is None
+    store.save(state(9), best=True)
+    store.save(state(10))
+    # The time of a copy says nothing.
+    os.utime(store.folder / "main-9", (2**31, 2**31))
+    (store.folder / ".main-11.1").mkdir()
+    (store.folder / ".main-11.1" / "state.json").write_text((store.folder / "main-10" / "state.json").read_text())
+    (store.folder / "main-12").mkdir()
+    (store.folder / "main-12" / "state.json").write_text("{")
+    for name in ("last", "best"):
+        (tmp_path / name).unlink() if text is None else (tmp_path / name).write_text(text)
+    assert store.pointed("last").name == "main-10"
+    assert store.pointed("best") is None
+
+
+def test_a_damaged_checkpoint_names_another(tmp_path):
+    store = Checkpoints(tmp_path)
+    store.save(state(1))
+    path = store.save(state(2))
+    (path / "model.s.safetensors").write_bytes(b"")
+    with pytest.raises(RunError) as raised:
+        checkpoint.read(path)
+    assert raised.value.hint == "to go on from main-1, write checkpoints/main-1 into the file `last`"
+    (tmp_path / "last").write_text("checkpoints/main-1\n")
+    assert checkpoint.read(store.pointed("last")).position.step == 1
+    for wrong in ("[1]", "3", '"abc"'):
+        (store.folder / "main-1" / "spec.json").write_text(wrong)
+        with pytest.raises(RunError, match="cannot be read"):
+            checkpoint.read(store.folder / "main-1")

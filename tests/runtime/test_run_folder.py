@@ -6,6 +6,7 @@ import json
 import math
 import weakref
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from killable_run import make
@@ -113,6 +114,32 @@ def test_a_resumed_log_shows_no_step_twice_and_drops_a_torn_line(tmp_path):
     shown = scalars(folder.tensorboard / "main")["loss"]
     assert [step for step, _ in shown] == list(range(1, 8))
     assert [value for _, value in shown] == pytest.approx([0.7] * 3 + [0.1] * 4)
+
+
+def test_lines_that_are_none_of_ours_are_left_out(tmp_path):
+    folder = RunFolder.create("run", root=tmp_path)
+    log = RunLog(folder)
+    log.on_evaluate(EvaluateRecord("main", 1, {"acc": 0.5}))
+    log.close()
+    whole = folder.metrics.read_bytes()
+    folder.metrics.write_bytes(
+        b'[]\n3\n{}\n{"kind": "step", "order": null, "step": 1}\n\xff\xfe\x00\n' + whole + b'{"ki'
+    )
+    assert [record.metrics for record in evaluations(folder)] == [{"acc": 0.5}]
+    RunLog(folder, Position("main", 0, step=3)).close()
+    assert folder.metrics.read_bytes() == whole
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a file that is always full")
+def test_a_log_that_cannot_be_written_ends_in_words_and_so_does_its_end(tmp_path):
+    folder = RunFolder.create("run", root=tmp_path)
+    folder.metrics.symlink_to("/dev/full")
+    log = RunLog(folder)
+    log.on_stage(STAGE)
+    for act in (lambda: log.on_step(step_record(1)), log.close):
+        with pytest.raises(RunError, match=r"E0804: metrics.jsonl cannot be written to .*: the disk is full"):
+            act()
+    log.close()
 
 
 def test_what_is_not_a_number_is_null_in_the_log_and_comes_back(tmp_path):
