@@ -69,6 +69,19 @@ def test_masks_have_the_form_that_the_blocks_read(make, batch, family, ours, the
     assert t.model.config._attn_implementation == theirs
 
 
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+def test_blocks_of_another_precision(make, batch, family):
+    """A model in bf16 lends a block to one in fp32, whose residual stream stays in fp32."""
+    s, t = twins(make, family)
+    inputs, changes = batch(), Edits({1: tuple(t.tapper.blocks([1]))})
+    exact = hidden(s, inputs, changes)
+    t.model.to(torch.bfloat16)
+    found = hidden(s, inputs, changes)
+    assert {value.dtype for value in found} == {torch.float32}
+    same(found, exact, inputs["attention_mask"], rtol=0.05, atol=0.05 * exact[2].abs().max().item())
+    assert not torch.equal(found[3], exact[3])
+
+
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_scores_beside_a_replaced_block(make, batch, family):
     s, t = twins(make, family)

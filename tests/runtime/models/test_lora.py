@@ -190,7 +190,13 @@ def test_a_weight_is_the_one_that_is_used(family, name, more, place):
     with adapters.merged(model):
         torch.testing.assert_close(found, model.get_parameter(name))
     found.square().sum().backward()
-    assert any(p.grad is not None and p.grad.abs().sum() > 0 for n, p in model.named_parameters() if ".lora_A." in n)
+    # Of DoRA the length is a constant of the gradient.
+    leaves, weights = by_hand(load(plain(place, family, "encoder"), seed=3), model, info.build.lora, family == "gpt2")
+    weights[name].square().sum().backward()
+    seen = [(own, leaves[n].grad) for n, p in model.named_parameters() if (own := p.grad) is not None]
+    assert len(seen) == 2 + info.build.lora.dora
+    for own, theirs in seen:
+        torch.testing.assert_close(own, theirs, atol=1e-5, rtol=1e-4)
     bias = TapPath("weight", None, None, name.replace(".weight", ".bias"))
     assert torch.equal(Tapper(model, info).run({}, [bias])[bias], model.get_parameter(bias.name))
 
@@ -242,6 +248,15 @@ def test_a_pooler_and_a_head_train_whole_where_they_are_new(place, tmp_path):
     assert trained("LlamaForCausalLM", "causal_lm", "llama") == ()
     assert trained("LlamaModel", "causal_lm", "llama") == ("lm_head",)
     assert trained("LlamaForCausalLM", "classification", "llama") == ("score",)
+
+
+def test_a_new_pooler_trains_and_one_that_was_saved_does_not(place, tmp_path):
+    for task, pooler in (("masked_lm", True), ("classification", False)):
+        load(plain(place, "bert", task), seed=7).save_pretrained(tmp_path / task)
+        model = load(adapted(describe(str(tmp_path / task), task="classification", num_labels=3)))
+        whole = {n for n, p in model.named_parameters() if p.requires_grad and ".lora_" not in n}
+        new = {f"bert.pooler.dense.{part}" for part in ("weight", "bias")} if pooler else set()
+        assert whole == new | {"classifier.weight", "classifier.bias"}
 
 
 def test_a_family_without_a_table(tmp_path):

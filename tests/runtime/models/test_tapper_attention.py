@@ -33,6 +33,14 @@ def test_the_other_layers_keep_sdpa(make, batch, sdpa_calls, family):
     assert sdpa_calls == [tiny.attentions[0], tiny.attentions[2]]
 
 
+def test_a_layer_that_was_tapped_has_sdpa_again(make, batch, sdpa_calls):
+    tiny = make("bert")
+    tiny.tapper.run(batch(), [SCORES, TapPath("hidden", 3)])
+    sdpa_calls.clear()
+    tiny.tapper.run(batch(), [TapPath("layer", 0, "attn.scores"), TapPath("hidden", 3)])
+    assert sdpa_calls == [tiny.attentions[1], tiny.attentions[2]]
+
+
 def test_without_score_taps_our_function_is_not_there(make, batch, sdpa_calls):
     tiny = make("bert")
     tiny.tapper.run(batch(), [TapPath("layer", 1, "attn.q"), TapPath("hidden", 3)])

@@ -114,14 +114,18 @@ def test_checkpointing_with_autocast_and_attach(make, batch):
     tiny = make("qwen3", "causal_lm")
     tiny.model.train()
     set_checkpointing(tiny.model, True)
-    path = TapPath("layer", 1, "attn.scores")
-    with torch.autocast("cpu", dtype=torch.bfloat16), tiny.tapper.attach([path, TapPath("logits")]) as capture:
+    path, query = TapPath("layer", 1, "attn.scores"), TapPath("layer", 1, "attn.q")
+    with torch.autocast("cpu", dtype=torch.bfloat16), tiny.tapper.attach([path, query, TapPath("logits")]) as capture:
         output = tiny.model(**batch())
         first = capture[path]
         assert torch.equal(capture[TapPath("logits")], output.logits)
         loss = first.float().square().mean() + output.logits.float().square().mean()
         loss.backward()
         assert capture[path] is first
+        # Computing blocks again reports to nobody; the next forward reports as before.
+        tiny.model(**batch("left"))
+        assert capture[path].shape == first.shape
+        assert not torch.equal(capture[path], first)
     assert tiny.model.model.layers[1].self_attn.q_proj.weight.grad.abs().max() > 0
 
 
