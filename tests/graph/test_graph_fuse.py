@@ -115,6 +115,9 @@ def test_weights_that_have_a_gradient(plan: StagePlan) -> None:
     cut = replace(weight, op="detach")
     still = with_slots(beside(with_forward(plan, "s/forward", taps=taps), cut), "kl", token_weight="op/weight")
     assert refusals(still) == {}
+    # A projection is learnt, whatever it is given.
+    learnt = replace(weight, op="project", inputs=(("x", "batch/labels"), ("block", "project/W")))
+    assert refusals(with_slots(beside(plan, learnt), "kl", token_weight="op/weight"))[applied(plan, "kl").key]
 
 
 def test_logits_that_weigh_a_loss(plan: StagePlan) -> None:

@@ -75,6 +75,28 @@ def test_of_a_streamed_teacher_the_blocks_that_run_are_moved(tap, blocks, compil
         assert teacher.read == (4 * blocks * BLOCK if place == "disk" else 0)
 
 
+@pytest.mark.parametrize(("tap", "left"), [("logits", 0), ("hidden[8]", HEAD), ("hidden[3]", 5 * BLOCK + HEAD)])
+def test_of_a_teacher_in_chunks_what_is_not_run_is_not_moved(tap, left, compiled):
+    student = "logits" if tap == "logits" else "hidden[1]"
+    plan = compiled(loss=f"mse(s.{student} <- t.{tap})")
+    setup = Setup("gemini", half=True, placement=(("t", "gemini"),), chunk=2**14, reach=0)
+    found = parameters(node_of(plan, "t").info)
+    needed = 1 - left / found.count
+    teacher = next(model for model in estimate(plan, TWO, setup)[0].models if model.name == "t")
+    each = 2 * chunks(found, 2**14, 0).total / 2
+    assert (teacher.moved, teacher.gathered) == (
+        pytest.approx(each * needed, abs=1),
+        pytest.approx(each * needed, abs=1),
+    )
+
+
+def test_the_columns_of_all_micro_batches_are_there_at_once(compiled):
+    few, many = (estimate(compiled(accumulate=n), ONE)[0] for n in (4, 32))
+    columns = len(compiled().stages[0].columns)
+    assert columns >= 2
+    assert many.device_bytes - few.device_bytes == 8 * columns * 8 * 64 * (32 - 4)
+
+
 def test_what_a_host_can_keep_is_read_from_disk_once(compiled):
     plan, size = compiled(), 4 * 8 * BLOCK
     for host, read in ((1.3 * size, 0), (1.2 * size, MICRO * size)):
