@@ -359,3 +359,11 @@ def test_a_loss_that_is_taken_by_samples_counts_as_it_did_alone() -> None:
     (key,) = (key for key in checked.graph if key.startswith("op/per_sample"))
     for found in (key, "metric/m"):
         assert tree(checked, inputs(checked, found)["valid"]) == counted
+
+
+def test_a_column_of_whole_numbers_masks_where_it_is_not_zero() -> None:
+    text = "loss a = mse(s.final <- t.final, mask = batch.token_type_ids)\n" + stage("minimize a")
+    checked = good(spec(text, TEACHER + SHORT))
+    assert parts(checked, "a")[0].endswith(f"valid=and(a={VALID}, b=not_equal(a=batch/token_type_ids)))")
+    found = [op for op in (node(checked, key) for key in checked.graph) if isinstance(op, OpNode)]
+    assert [op.attr("b") for op in found if op.op == "not_equal"] == [0.0]

@@ -196,3 +196,10 @@ def test_infos_are_values(save):
     overridden = describe(folder, overrides={"hidden_act": "relu"})
     assert overridden != describe(folder)
     hash(random_init(describe(save("llama")), overrides={"rope_scaling": {"rope_type": "linear", "factor": 2.0}}))
+
+
+def test_heads_that_share_a_key_stay_together(save):
+    info = describe(save("llama", num_attention_heads=4, num_key_value_heads=2))
+    assert truncated(info, "t", heads=2).size("KV") == 1
+    with pytest.raises(ModelError, match="share a key"):
+        truncated(info, "t", heads=3)
