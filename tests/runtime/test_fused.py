@@ -19,6 +19,7 @@ from gkd_dsl.runtime.backends.local import LocalBackend
 from gkd_dsl.runtime.errors import RunError
 from gkd_dsl.runtime.models.load import load
 from gkd_dsl.runtime.ops.fused_head import fused_losses
+from gkd_dsl.runtime.rows import Share, shared
 from gkd_dsl.runtime.step import StepModule
 from gkd_dsl.schedules import Clock
 
@@ -140,6 +141,19 @@ def test_a_loss_that_is_in_two_losses_weighs_what_both_say(tmp_path):
     torch.testing.assert_close(out.loss.detach(), wanted, rtol=1e-9, atol=1e-9)
     for one, other in zip(gradients(step, out.loss), gradients(step, plain.loss), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_of_a_process_whose_row_is_anothers_nothing_counts(fused, tmp_path):
+    (plan,) = spec_of(tmp_path, "llama").plan().stages
+    step, batch = StepModule(plan, models_of(plan)), batch_of(1)
+    counts = step.denominators([batch], CLOCK)
+    assert all(step(batch, CLOCK, counts, fused=fused).terms.values())
+    with shared(Share(1, (1, 0))):
+        out = step(batch, CLOCK, counts, fused=fused)
+    assert out.loss == 0.0
+    assert not any(out.terms.values())
+    assert not any(gradient.any() for gradient in gradients(step, out.loss))
 
 
 def test_a_batch_in_which_nothing_counts_gives_0(tmp_path):

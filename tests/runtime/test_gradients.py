@@ -104,6 +104,16 @@ def test_a_gradient_is_that_of_the_weighted_sum(build):
     torch.testing.assert_close(out.loss, expected, rtol=1e-9, atol=1e-12)
 
 
+def test_the_gradient_of_a_loss_without_weight_yet_is_zero(build):
+    body = PROBED.replace("gradient(2 * soft(probe) + 0.5 *", "gradient(ramp(0 -> 1, until = 100%) *")
+    _, models, step = build(body)
+    batch = batch_of()
+    logits = models["s"](batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    torch.testing.assert_close(run(step, batch).loss, F.cross_entropy(logits, batch["labels"]))
+    later = run(step, batch, replace(CLOCK, step=5)).loss
+    assert (later - F.cross_entropy(logits, batch["labels"])).abs() > 1e-4
+
+
 def test_parameters_that_do_not_train_do_not_hide_the_gradient(build):
     """Embeddings that are frozen need no gradient of their own; the one at their output is there."""
     _, _, free = build(PROBED)

@@ -10,7 +10,7 @@ from gkd_dsl.runtime import rng
 from gkd_dsl.runtime.errors import RunError
 from gkd_dsl.runtime.processes import Processes
 from gkd_dsl.runtime.program import _batch_slots, _relates
-from gkd_dsl.runtime.rows import Share, current, own, shared, whole
+from gkd_dsl.runtime.rows import Share, collective, current, own, shared, whole
 
 
 @given(rows=st.integers(1, 40), count=st.integers(1, 9))
@@ -40,6 +40,13 @@ def test_operators_that_relate_rows_are_known():
         "contrastive", "sample_relation_kl", "sample_angle", "rank_bin", "roll", "random_spans", "random_segment_starts",
     }  # fmt: skip
     assert all(_batch_slots(name) is None for name in found)
+
+
+def test_an_exchange_that_fails_says_what_it_means():
+    with pytest.raises(RunError, match="another process of this run has ended") as raised, collective():
+        raise RuntimeError("Connection closed by peer")
+    assert raised.value.code == "E0807"
+    assert "--resume" in raised.value.hint
 
 
 def test_which_process_this_is(monkeypatch):

@@ -308,6 +308,42 @@ def test_token_and_sample_weights_multiply_the_sum_and_leave_the_count(found):
     torch.testing.assert_close(hard, (each * batch["weight"]).sum() / 4)
 
 
+def test_a_causal_map_counts_its_lower_half_and_is_weighted_by_its_queries(found):
+    plan, made, batch = stage_plan(found), models(found), batch_of()
+    batch["weight"] = torch.rand(4, 9, generator=torch.Generator().manual_seed(1))
+    dims = (BATCH, found["s"].dim("A", "s"), LENGTH, LENGTH)
+    (old,) = (i for i in plan.program if isinstance(i, Apply) and i.key == "op/akl")
+    cells = replace(
+        old, op="mse", inputs=(*old.inputs, ("token_weight", "batch/weight")),
+        attrs=(("causal", False), ("dims", ("B", "*", "L", "L"))), type=LossType(dims),
+    )  # fmt: skip
+    counted = tuple(
+        Counted("op/akl", dims, "op/valid", True, "batch/weight") if c.key == "op/akl" else c for c in plan.counted
+    )
+    program = tuple(cells if i is old else i for i in plan.program)
+    losses = (*plan.losses[:2], LossPlan("inside", ((Constant(1.0), "op/akl"),)))
+    step, seen = StepModule(replace(plan, program=program, counted=counted, losses=losses), made), []
+    mse = step._program._functions["mse"]
+
+    def spy(student, teacher, **rest):
+        seen.append((student.detach(), teacher))
+        return mse(student=student, teacher=teacher, **rest)
+
+    step._program._functions["mse"] = spy
+    counts = step.denominators([batch], START)
+    inside = step(batch, START, counts).terms["inside"]
+    ((s, t),) = seen
+    values = [
+        (s[b, a, q, k] - t[b, a, q, k]) ** 2 * batch["weight"][b, q]
+        for b, n in enumerate(batch["attention_mask"].sum(1).tolist())
+        for a in range(2)
+        for q in range(n)
+        for k in range(q + 1)
+    ]
+    assert counts["op/akl"] == len(values)
+    torch.testing.assert_close(inside, torch.stack(values).sum() / len(values))
+
+
 @pytest.mark.parametrize("init", ["default", "identity", "zeros"])
 def test_projections_start_as_they_say_and_alike_beside_others(init):
     node = ProjectNode("project/W", name="W", in_features=3, out_features=4, init=init)

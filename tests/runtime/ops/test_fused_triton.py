@@ -15,6 +15,7 @@ from interpreted import CASES, FIRST, ONE, PICKED, ROWS, SHAPES, VALUES, drawn
 from gkd_dsl.runtime.ops import fused_head
 from gkd_dsl.runtime.ops.fused_head import Head, Teacher, fused_losses
 from gkd_dsl.runtime.ops.fused_rows import RowLoss
+from gkd_dsl.runtime.ops.fused_sparse import Stored
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is for Linux")
 EPS = {"fp32": 0.0, "bf16": 2**-7, "mixed": 2**-7, "fp16": 2**-11}
@@ -141,7 +142,11 @@ def test_the_kernel_takes_what_it_knows_and_leaves_the_rest():
     trimmed = RowLoss("kl", 1.0, ones, 0, {"align": "trim", "vocabulary": 3})
     assert job([hard, soft], 1, cpu) is not None
     assert job([hard], 0, cpu) is not None
-    refused = [[], [soft, soft], [hard, hard], [trimmed], [RowLoss("tvd", 1.0, ones, 0)], [replace(soft, exact=False)]]
+    largest = RowLoss("kl", 1.0, ones, stored=Stored(torch.zeros(2, 3), torch.zeros(2, 3).int(), torch.zeros(2, 1)))
+    refused = [
+        [], [soft, soft], [hard, hard], [trimmed], [RowLoss("tvd", 1.0, ones, 0)], [replace(soft, exact=False)],
+        [largest], [hard, largest],
+    ]  # fmt: skip
     assert [job(losses, 1, cpu) for losses in refused] == [None] * len(refused)
     assert job([soft], 2, cpu) is None
 

@@ -68,6 +68,12 @@ def test_two_runs_are_paired_in_their_order(data):
         assert there == list(range(there[0], there[0] + len(there))) if there else True
 
 
+@pytest.mark.parametrize(("share", "count", "long"), [(0.29, 100, 29), (0.57, 100, 57), (0.299, 10, 2)])
+def test_a_share_that_is_just_short_of_a_whole_number_is_that_number(share, count, long):
+    inside = random_spans(torch.ones(1, count, dtype=torch.long), share=share, generator=drawn(0))
+    assert inside.sum() == long
+
+
 def test_starts_are_uniform_and_independent():
     """Ten tokens, spans of three: eight starts in each text, all pairs of them as likely."""
     mask = torch.ones(20000, 10, dtype=torch.long)

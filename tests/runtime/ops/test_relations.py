@@ -124,6 +124,7 @@ def test_rotations_and_lengths_do_not_matter(seed, scale) -> None:
     x = draw(2, 4, 6, seed=seed)
     turn = torch.linalg.qr(draw(6, 6, seed=seed + 1))[0]
     torch.testing.assert_close(cosine_relation(scale * x @ turn), cosine_relation(x))
+    torch.testing.assert_close(cosine_relation(1e-9 * x), cosine_relation(x))
     stacked = draw(2, 3, 6, 4, seed=seed)
     turned = (stacked.transpose(-1, -2) @ turn).transpose(-1, -2)
     torch.testing.assert_close(layer_relation(scale * turned), layer_relation(stacked))

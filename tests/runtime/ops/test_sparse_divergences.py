@@ -127,6 +127,14 @@ def test_the_mass_at_another_temperature_is_exact_for_equal_others_and_an_upper_
     assert tail_at(tail_mass(apart, ids, (1.0, 4.0)), (1.0, 4.0), 4.0, 3) == torch.logsumexp(apart[:, 2:] / 4.0, -1)
 
 
+def test_the_nearest_temperature_is_that_of_the_least_ratio():
+    """2.4 is nearer to 1 than to 4 by difference, and nearer to 4 by ratio."""
+    tail = tail_mass(torch.tensor([[5.0, 3.0, 2.0, -1.0, 0.3]]), torch.tensor([[0, 1]]), (1.0, 4.0))
+    for temperature, own in ((2.4, 1), (1.6, 0)):
+        alone = tail_at(tail[..., own : own + 1], ((1.0, 4.0)[own],), temperature, 3)
+        assert tail_at(tail, (1.0, 4.0), temperature, 3) == alone
+
+
 def test_rows_that_do_not_count_give_0_and_no_gradient_even_where_they_are_not_finite():
     student, teacher = pair(rows=6)
     student = student.view(2, 3, V).clone()
