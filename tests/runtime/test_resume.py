@@ -96,10 +96,10 @@ def tensors(result):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The run that nobody interrupts: its lines and its tensors."""
+    """The run that nobody interrupts: its lines, its tensors and its metrics."""
     folder = RunFolder.create("whole", root=tmp_path_factory.mktemp("runs"))
     result = run(two_stages(), folder)
-    return lines(folder), {key: value.clone() for key, value in tensors(result).items()}
+    return lines(folder), {key: value.clone() for key, value in tensors(result).items()}, result.metrics
 
 
 def assert_same(folder, result, whole):
@@ -107,6 +107,8 @@ def assert_same(folder, result, whole):
     found = tensors(result)
     assert found.keys() == whole[1].keys()
     assert all(torch.equal(value, whole[1][key]) for key, value in found.items())
+    assert result.metrics == whole[2]
+    assert set(result.metrics["main"]) == {"acc"}
 
 
 def test_the_uninterrupted_run_has_every_step_once(whole):
