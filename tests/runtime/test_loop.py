@@ -13,7 +13,7 @@ from gkd_dsl.runtime.checkpoint import Position
 from gkd_dsl.runtime.errors import RunError
 from gkd_dsl.runtime.loop import length_of
 from gkd_dsl.runtime.run_folder import RunFolder
-from gkd_dsl.runtime.stages import Run
+from gkd_dsl.runtime.stages import Run, student_of
 from gkd_dsl.schedules import Constant, Ramp, Span
 
 
@@ -102,6 +102,28 @@ def test_a_step_knows_the_seed_of_its_stage():
 
     assert falls(3) == falls(3)
     assert falls(3) != falls(4)
+
+
+def test_dropout_new_weights_and_projections_follow_the_seed_of_the_stage():
+    def first(seed):
+        heard, _, _ = run(stage_plan(("hard",), duration=Span(1, "steps"), seed=seed))
+        plan = stage_plan(seed=seed)
+        whole = Run(spec(plan), models=models())
+        whole.make_projections(plan)
+        assert whole.seed("s") == seed
+        return heard.steps[0].loss, whole.projections["W"].weight.tolist()
+
+    (loss, weight), again, (other_loss, other_weight) = first(3), first(3), first(4)
+    assert (loss, weight) == again
+    assert loss != other_loss
+    assert weight != other_weight
+
+
+def test_the_tokenizer_of_the_first_trained_model_reads_the_rows():
+    plan = stage_plan()
+    for nodes in (plan.models, plan.models[::-1]):
+        assert student_of(replace(plan, models=nodes)).name == "s"
+    assert student_of(teaching_plan()).name == "t"
 
 
 def test_a_warm_up_in_tokens():

@@ -389,6 +389,8 @@ def test_a_part_of_a_vocabulary_and_an_adapter(world, tmp_path):
     batch = inputs(outcome.exports["s"])
     kept = model.get_input_embeddings().kept_ids
     torch.testing.assert_close(again(**batch).logits[..., kept], model(**batch).logits, atol=1e-5, rtol=1e-4)
+    written = json.loads((outcome.exports["s"] / "kept_vocabulary.json").read_text())
+    assert written["kept"] == sorted(kept.tolist())
 
 
 def test_two_processes_have_the_losses_of_one(world, tmp_path):

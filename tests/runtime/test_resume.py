@@ -13,12 +13,15 @@ import torch
 from plans import Data, evaluating, models, spec, stage_plan, teaching_plan
 
 from gkd_dsl.graph.nodes import OptimSpec
+from gkd_dsl.graph.plan import Apply
 from gkd_dsl.runtime import interrupt
+from gkd_dsl.runtime.checkpoint import differences
 from gkd_dsl.runtime.errors import RunError, Stopped
+from gkd_dsl.runtime.fingerprint import fingerprint
 from gkd_dsl.runtime.interrupt import StopRequest
 from gkd_dsl.runtime.run_folder import RunFolder
 from gkd_dsl.runtime.stages import Run
-from gkd_dsl.schedules import Span
+from gkd_dsl.schedules import Constant, Span
 
 STEPS = Span(1, "steps")
 
@@ -247,6 +250,30 @@ def test_a_checkpoint_of_another_spec_is_refused_by_the_field(tmp_path, change, 
     assert folder.metrics.read_text() == before
 
 
+def test_before_the_first_checkpoint_another_spec_is_refused_too(tmp_path):
+    plan = two_stages()
+    folder = RunFolder.create("early", root=tmp_path)
+    folder.write_json("plan.json", fingerprint(plan))
+    first = plan.stages[0]
+    other = replace(plan, stages=(replace(first, stage=replace(first.stage, seed=9)), plan.stages[1]))
+    with pytest.raises(RunError, match="stage `teach`: seed is 0 there and 9 here"):
+        run(other, RunFolder.open(folder.path), resume=True)
+
+
+def test_numbers_inside_a_loss_are_compared():
+    """The coefficient of a term, and the temperature of an operator."""
+    plan = spec(stage_plan())
+    (stage,) = plan.stages
+    hid = next(loss for loss in stage.losses if loss.name == "hid")
+    changed = replace(hid, parts=tuple((Constant(0.25), key) for _, key in hid.parts))
+    coefficient = replace(stage, losses=tuple(changed if loss is hid else loss for loss in stage.losses))
+    hot = (("dims", ("B",)), ("temperature", Constant(3.0)))
+    program = tuple(replace(i, attrs=hot) if isinstance(i, Apply) and i.op == "kl" else i for i in stage.program)
+    assert program != stage.program
+    for other in (coefficient, replace(stage, program=program)):
+        assert list(differences(fingerprint(plan), fingerprint(replace(plan, stages=(other,)))))
+
+
 def test_a_changed_loss_and_precision_are_named_too(tmp_path):
     plan = two_stages()
     folder = RunFolder.create("other", root=tmp_path)
@@ -288,9 +315,6 @@ def test_a_run_goes_on_with_another_runtime_block(tmp_path):
     ],
 )
 def test_what_changes_a_teachers_outputs_is_compared(runtime, named):
-    from gkd_dsl.runtime.checkpoint import differences
-    from gkd_dsl.runtime.fingerprint import fingerprint
-
     plan = two_stages()
     found = list(differences(fingerprint(plan), fingerprint(replace(plan, runtime=runtime))))
     name, there, here = found[0]

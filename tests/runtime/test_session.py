@@ -179,8 +179,26 @@ def test_students_are_exported_and_teachers_that_are_trained_are_not(world):
         "stage first for 1 step {\n  train t\n  batch_size = 6\n  minimize own\n}\nstage main",
     )  # fmt: skip
     assert students(compile_plan(checked(world, text).graph)) == ["s"]
-    last = text.replace("stage first", "stage zero").replace("stage main", "stage first")
-    assert students(compile_plan(checked(world, last).graph)) == ["s"]
+    # The student of an earlier stage, where the last one trains its teacher.
+    alone = text.index("stage first")
+    end = text.index("stage main")
+    runtime = text.index("runtime {")
+    turned = text[:alone] + text[end:runtime] + text[alone:end] + text[runtime:]
+    plan = compile_plan(checked(world, turned).graph)
+    assert [stage.name for stage in plan.stages] == ["main", "first"]
+    assert students(plan) == ["s"]
+
+
+def test_half_precision_is_evaluated_as_it_was_run_and_exported_as_it_was_saved(world, tmp_path):
+    found = checked(world, SPEC.replace("device = cpu", "device = cpu\n  precision = bf16\n"))
+    outcome = run_spec(found, name="a", out=tmp_path / "run", measure=False)
+    assert evaluate_run(found, tmp_path / "run", "last")["main"] == pytest.approx(outcome.metrics["main"], rel=1e-6)
+    folder, _ = export_run(found, tmp_path / "run", "last", tmp_path / "t", "t")
+    wanted = load_file(world / "t" / "model.safetensors")
+    written = load_file(folder / "model.safetensors")
+    assert written.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert torch.equal(written[name], value), name
 
 
 def run_folder(root, path, spec, at):

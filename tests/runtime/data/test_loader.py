@@ -221,6 +221,9 @@ def test_the_digest_of_rows_is_of_their_ids_their_ends_and_who_is_held_out(token
         of(texts("w0 w1", "w2", "w3"), held[1:]),
         of(train, held, text_pair="b"),
         of(texts("w0 w1 [SEP]", "w2"), held),
+        # The same ids one after the other, with another border.
+        of(texts("w0 [SEP] [CLS] w1", "w2"), held),
+        of(texts("w0", "w1 [SEP] [CLS] w2"), held),
     ]
     assert len(set(found)) == len(found)
     assert of(train, held) == found[0]

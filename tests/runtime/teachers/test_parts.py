@@ -33,8 +33,9 @@ def values_of(seed=0):
     generator = torch.Generator().manual_seed(seed)
     mask = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 0]])
     scores = torch.randn(2, 2, 4, 4, generator=generator)
-    # As a model masks its keys.
-    scores = scores.masked_fill(~mask.bool()[:, None, None], torch.finfo(torch.float32).min)
+    # As a decoder masks its keys.
+    hidden = ~mask.bool()[:, None, None] | torch.ones(4, 4, dtype=torch.bool).triu(1)
+    scores = scores.masked_fill(hidden, torch.finfo(torch.float32).min)
     return {
         SCORES: scores,
         LOGITS: torch.randn(2, 6, generator=generator),
@@ -67,7 +68,7 @@ def test_what_masks_attention_stays_a_number(tmp_path):
     assert torch.isfinite(scores).all()
     seen = (mask[:, None, :, None] * mask[:, None, None, :]).bool().expand_as(scores).flip(0)
     wanted = values[SCORES].flip(0)
-    np.testing.assert_allclose(scores[seen].numpy(), wanted[seen].numpy(), rtol=2**-8)
+    np.testing.assert_allclose(scores[seen].numpy(), wanted[seen].numpy(), rtol=2**-7)
     assert (scores[~seen] == 0).all()
     # Logits and weights come back bit for bit.
     assert torch.equal(found["t/logits"], values[LOGITS].flip(0))
