@@ -190,3 +190,10 @@ def test_the_example_gives_clean_different_texts_in_a_fixed_order():
         assert "\n" not in text
         assert "  " not in text
         assert ">>>" not in text
+
+
+def test_a_file_that_failed_is_run_again(tmp_path):
+    (tmp_path / "ops.py").write_text("raise RuntimeError('not yet')\n")
+    for _ in range(2):
+        with pytest.raises(ExtensionError, match="not yet"):
+            load("./ops.py", tmp_path)

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from gkd_dsl.sources import ReadError, check_source, label_count, rows_of, source_kind
+from gkd_dsl.sources import ReadError, check_source, label_count, label_map, rows_of, source_kind
 from gkd_dsl.syntax import parse_signature
 
 
@@ -301,3 +301,15 @@ def test_a_path_that_no_system_has_is_not_there(tmp_path, path):
     assert problem.message == "there is no encoding `a\0`"
     (problem,) = check_source("csv", {"path": "a.csv", "label": "y", "labels": ("1", 0, 1)}, tmp_path)
     assert problem.message == "a label stands twice in `labels`"
+
+
+def test_above_the_threshold_is_one(tmp_path):
+    above = label_map({"threshold": 0.5}, "classification", None)
+    assert [above.number(text) for text in ("0.6", "0.4", "0.5", "-3", "7")] == [1, 0, None, 0, 1]
+
+
+@pytest.mark.parametrize("row", ["a,b,c", "a"])
+def test_a_row_of_another_width_is_not_read(tmp_path, row):
+    path = write(tmp_path / "a.csv", f"text,label\nfine,1\n{row}\n")
+    with pytest.raises(ReadError, match="2 columns are named"):
+        list(rows_of("csv", {"text": "text", "label": "label"}, path))

@@ -6,7 +6,7 @@ import json
 from dataclasses import replace
 
 import pytest
-from meaning_help import GOLDEN, SHORT, TEACHER, check, codes, good, inputs, node, parts, spec, stage
+from meaning_help import GOLDEN, SHORT, STUDENT, TEACHER, check, codes, good, inputs, node, parts, spec, stage
 from meaning_help import LINES as LINES_OF_TEXT
 
 from gkd_dsl.graph.nodes import AddToTap, ForwardNode, ReplaceBlock, SwapTap
@@ -266,3 +266,8 @@ def test_a_teacher_runs_once_for_each_choice_of_texts() -> None:
     assert [d.code for d in checked.diagnostics if d.severity == "error"] == []
     forwards = [found for found in plan_of(checked).forwards if found.model == "t"]
     assert sorted(found.shift for found in forwards) == [0, 1, 2]
+
+
+def test_a_swap_takes_tensors_of_one_width() -> None:
+    body = "pass x = s { swap hidden[1] from t.hidden[1] }\nloss hard = cross_entropy(x.logits, batch.labels)\n"
+    assert codes(check(spec(body + MINIMISED, TEACHER + STUDENT))) == ["E0247"]
