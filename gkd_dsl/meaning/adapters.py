@@ -123,7 +123,8 @@ def _fits(ctx: Context, scope: Scope, name: str, value: Value, expr: ast.Expr) -
         "export": isinstance(value, Text),
     }.get(name, isinstance(value, Truth))
     if not fits:
-        ctx.error(scope, "E0404", f"`{name}` of `lora` does not take {kind(value)}", expr.span, _WANTS[name])
+        what = "an empty list" if isinstance(value, Items) and not value.items else kind(value)
+        ctx.error(scope, "E0404", f"`{name}` of `lora` does not take {what}", expr.span, _WANTS[name])
     elif name == "export" and isinstance(value, Text) and value.value not in _EXPORTS:
         label, near = suggest(value.value, _EXPORTS)
         ctx.error(
@@ -151,7 +152,7 @@ def _in_range(
     if not 1 <= found.r <= width:
         wrong = ("r", found.r, f"1 to {width}", "the rank, at most the width of the model", min(max(found.r, 1), width))
     elif found.alpha <= 0:
-        wrong = ("alpha", found.alpha, "above 0", "what B A is multiplied with is alpha / r", 2 * found.r)
+        wrong = ("alpha", found.alpha, "the numbers above 0", "what B A is multiplied with is alpha / r", 2 * found.r)
     elif not 0 <= found.dropout < 1:
         wrong = ("dropout", found.dropout, "0 to 1, less than 1", "the share of inputs that is dropped", None)
     if wrong is None:

@@ -40,7 +40,7 @@ def _folder(ctx: Context, scope: Scope, stmt: ast.Placement, settings: dict[str,
     """A stored model has a folder, and a folder is for a stored model."""
     name, cached = stmt.name.text, _word(settings, "placement") == "cached"
     cache = settings.get("cache")
-    folder = cache is not None and isinstance(cache.value, ast.String) and cache.value.value not in ("off", "auto")
+    folder = cache is not None and isinstance(cache.value, ast.String) and cache.value.value not in ("off", "auto", "")
     if cached and not folder:
         at = cache.value.span if cache is not None else settings["placement"].span
         fix = replace(cache.value.span, '"cache"') if cache is not None else None

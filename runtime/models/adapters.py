@@ -21,6 +21,7 @@ from gkd_dsl.models.families import FAMILIES
 from gkd_dsl.models.info import ModelInfo
 from gkd_dsl.runtime.checkpoint import module_tensors
 from gkd_dsl.runtime.errors import out_of_memory
+from gkd_dsl.runtime.models.quantised import quiet
 
 _NAME = "default"
 _TRAINED = "_gkd_trained"
@@ -271,7 +272,9 @@ def _plain(layer: Any) -> nn.Module:
 
 def _library(name: str) -> ModuleType:
     try:
-        import peft
+        # It brings bitsandbytes where that is installed, which tells of kernels that nothing here calls.
+        with quiet():
+            import peft
     except ImportError:
         raise ModelError(
             f'"{name}" has an adapter, and the library peft is not installed', 'pip install "gkd-dsl[peft]"'

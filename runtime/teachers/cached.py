@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from gkd_dsl.graph.plan import ForwardPlan, TapPlan
 from gkd_dsl.models.resolve import last_needed
-from gkd_dsl.runtime.errors import CACHE, CANNOT_RUN, RunError
+from gkd_dsl.runtime.errors import CACHE, CANNOT_RUN, NOT_FINITE, RunError
 from gkd_dsl.runtime.models.interventions import Edits
 from gkd_dsl.runtime.teachers.base import TeacherSource
 from gkd_dsl.runtime.teachers.parts import Layout, own_tokens, spans
@@ -91,6 +91,12 @@ class FillingTeachers:
             self.store.shared = {path.key: values[path.key].detach().cpu() for path in self.layout.shared()}
         parts = self.layout.encode({path: values[path.key] for path in paths}, mask)
         parts = {name: value.cpu() for name, value in parts.items()}
+        if (wrong := next((name for name, value in parts.items() if bool(value.isnan().any())), None)) is not None:
+            raise RunError(
+                NOT_FINITE,
+                f"`{forward.model}` gives `{wrong}` that is not a number for rows {min(rows)} to {max(rows)}",
+                "nothing of them is stored: its weights are damaged, or its numbers are beyond `precision`; try fp32",
+            )
         dims = self.layout.dims()
         starts, counts = spans(mask)
         for place, (row, fresh) in enumerate(zip(rows, new, strict=True)):

@@ -113,6 +113,10 @@ def make_teachers(plan: StagePlan, placed: Mapping[str, Placement], loader: Any,
         how = placed.get(node.name, Placement())
         if node.name in trained or (how.place == "resident" and how.cache == "off"):
             models[node.name] = at.model(node.name)
+            if how.cache == "auto":
+                log.warning(
+                    "`cache = auto` of `%s` in stage `%s`: it is trained; it is run each time", node.name, plan.name
+                )
             if node.name not in trained:
                 sources[node.name] = LiveTeachers([node], models)
         elif how.place == "cached":

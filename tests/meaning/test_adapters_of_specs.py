@@ -91,6 +91,19 @@ def test_what_is_wrong_is_told_once_with_what_is_meant(call: str, code: str, nea
 
 
 @pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        ("lora(alpha = 0)", "`alpha` is 0, outside the numbers above 0"),
+        ("lora(targets = [])", "`targets` of `lora` does not take an empty list"),
+        ("lora(targets = [3])", "`targets` of `lora` does not take a list"),
+    ],
+)
+def test_the_cause_is_what_is_wrong(call: str, said: str) -> None:
+    (found,) = check(text(call)).diagnostics.errors
+    assert found.message == said
+
+
+@pytest.mark.parametrize(
     ("made", "why"),
     [
         ("truncated(t, layers = [0, 1])", "its weights are made here"),

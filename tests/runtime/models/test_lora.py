@@ -1,6 +1,7 @@
 """Models with LoRA adapters against W + alpha / r B A, written by hand."""
 
 import json
+import sys
 from dataclasses import replace
 
 import peft
@@ -306,3 +307,11 @@ def test_where_the_base_is(place):
     hub = replace(info, location="acme/small@v2", path="/cache/models--acme--small/snapshots/0123")
     assert adapters.base_of(hub) == ("acme/small", "v2")
     assert adapters.base_of(replace(hub, location="acme/small")) == ("acme/small", None)
+
+
+def test_what_peft_tells_while_it_is_imported_is_not_passed_on(tmp_path, monkeypatch, caplog):
+    (tmp_path / "peft.py").write_text("import logging\nlogging.getLogger('bitsandbytes').warning('no kernels')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "peft")
+    assert adapters._library("s").__file__ == str(tmp_path / "peft.py")
+    assert not caplog.records

@@ -23,6 +23,7 @@ from stored_world import (
     tokenizer,
 )
 
+from gkd_dsl.meaning.check import check_path
 from gkd_dsl.models.errors import ModelError
 from gkd_dsl.runtime import fused
 from gkd_dsl.runtime.errors import RunError
@@ -401,6 +402,32 @@ def test_auto_says_why_it_does_not_store(tmp_path, caplog):
     path = spec(folder, CLASSIFY, placed("cache = auto"), OBJECTIVE="soft")
     run(path)
     assert "the run has no folder" in caplog.text
+
+
+def test_an_empty_text_is_no_folder(tmp_path):
+    path = spec(classifiers(tmp_path), CLASSIFY, placed("placement = cached", 'cache = ""'), OBJECTIVE="soft")
+    assert [found.code for found in check_path(path).diagnostics.errors] == ["E0431"]
+
+
+def test_auto_of_a_model_that_is_trained_says_so(tmp_path, caplog):
+    folder = classifiers(tmp_path)
+    runtime = placed("cache = auto").replace("teacher t", "student s")
+    run(spec(folder, CLASSIFY, runtime, OBJECTIVE=ALL), RunFolder.create("r", out=folder / "r"))
+    assert "`cache = auto` of `s` in stage `main`: it is trained; it is run each time" in caplog.text
+    assert not (folder / "r" / "teachers").exists()
+
+
+@pytest.mark.parametrize("auto", [False, True])
+def test_outputs_that_are_no_numbers_are_not_stored(tmp_path, auto):
+    folder = classifiers(tmp_path)
+    file = folder / "t" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["bert.encoder.layer.2.output.dense.bias"][0] = torch.nan
+    save_file(tensors, file, metadata={"format": "pt"})
+    path = spec(folder, CLASSIFY, placed("cache = auto") if auto else CACHED, OBJECTIVE=ALL)
+    with pytest.raises(RunError, match=r"E0802: `t` gives `\S+` that is not a number for rows \d+ to \d+; nothing of"):
+        run(path, RunFolder.create("auto", out=folder / "auto")) if auto else cache(path)
+    assert not list(folder.glob("**/shard-*"))
 
 
 def test_all_frozen_teachers_without_a_place(tmp_path, monkeypatch):

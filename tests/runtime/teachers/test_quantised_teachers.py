@@ -11,6 +11,8 @@ from gkd_dsl.meaning.check import check_path
 from gkd_dsl.planning.estimate import estimate
 from gkd_dsl.planning.machine import this_machine
 from gkd_dsl.runtime.errors import RunError
+from gkd_dsl.runtime.export import ExportError
+from gkd_dsl.runtime.reopen import export_run
 from gkd_dsl.runtime.stages import Run
 
 INT8 = 'teacher t = hf("t") {\n  quantize = bitsandbytes(load_in_8bit = true)\n}'
@@ -124,6 +126,13 @@ def test_what_needs_plain_weights_is_refused(folder, before, after, reason):
     objective = "lent" if "mixed" in after else "soft"
     ((code, message),) = said(quantised(folder, INT8, text=text, objective=objective))
     assert (code, message) == ("E0436", f"`t` is quantised, and {reason}")
+
+
+def test_packed_weights_are_not_exported(folder):
+    checked = check_path(quantised(folder, INT8))
+    with pytest.raises(ExportError, match=r"`t` is quantised, and packed weights are not written; .* load it from t$"):
+        export_run(checked, folder / "runs" / "any", "last", folder / "exported", "t")
+    assert not (folder / "exported").exists()
 
 
 def test_a_plan_counts_packed_bytes(folder):
