@@ -11,8 +11,10 @@ from gkd_dsl.graph.nodes import OptimSpec, PolicyNode
 from gkd_dsl.graph.passes import compile_plan
 from gkd_dsl.graph.plan import Apply, PolicyPlan
 from gkd_dsl.meaning.check import check_text
+from gkd_dsl.runtime.checkpoint import differences
 from gkd_dsl.runtime.distiller import Distiller
 from gkd_dsl.runtime.errors import RunError
+from gkd_dsl.runtime.fingerprint import fingerprint
 from gkd_dsl.runtime.models.load import load
 from gkd_dsl.runtime.policy import Policy, Selector, make_policies, surrogate
 from gkd_dsl.runtime.run_folder import RunFolder
@@ -359,6 +361,37 @@ def test_killed_and_resumed_is_as_never_killed(world, whole, tmp_path, step):
     found = run(world, RunFolder.open(folder.path), resume=True)
     assert found.keys() == whole.keys()
     assert all(torch.equal(value, whole[name]) for name, value in found.items())
+
+
+def test_a_stage_begins_with_nothing_pending(world):
+    """The last choices of a stage get no reward of the next one's losses."""
+    root, plan = world
+    seen = []
+
+    class Watch(At):
+        def on_stage(self, record):
+            seen.append((record.stage, made.policies["pi"].pending is None))
+
+        def on_step(self, record):
+            seen.append((record.stage, made.policies["pi"].pending is None))
+
+    made = Run(plan, root=root, listeners=[Watch(0)], loaders=lambda _: Rows(batches=5))
+    made.run()
+    assert seen == [("first", True), *[("first", False)] * 4, ("second", True), *[("second", False)] * 4]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "named"),
+    [
+        ("adamw(lr = 0.05)", "adamw(lr = 0.01)", "policy `pi`.optim.lr"),
+        ("reward = -(hard + soft)", "reward = -(hard + 2 * soft)", "reward of `pi`"),
+    ],
+)
+def test_a_policy_is_part_of_what_a_checkpoint_is_compared_by(world, before, after, named):
+    root, plan = world
+    other = compile_plan(check_text(SPEC.replace(before, after), "spec.gkd", root=root).graph)
+    found = [name for name, *_ in differences(fingerprint(plan), fingerprint(other))]
+    assert f"stage `first`: {named}" in found
 
 
 def test_it_learns_in_a_run_and_not_in_an_evaluation(world, whole, tmp_path):
