@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from gkd_dsl.graph.passes import compile_plan
 from gkd_dsl.meaning.check import check_path, check_text
 from gkd_dsl.runtime import session
 from gkd_dsl.runtime.errors import RunError
+from gkd_dsl.runtime.evaluate import Evaluator
 from gkd_dsl.runtime.reopen import evaluate_run, export_run
 from gkd_dsl.runtime.run_folder import RunFolder
 from gkd_dsl.runtime.session import newest, run_spec, students
@@ -125,6 +127,21 @@ def test_a_checkpoint_before_the_last_step_has_its_own_weights(world, tmp_path):
         evaluate_run(checked(world, text), tmp_path / "run", "best")
     with pytest.raises(RunError, match="there is no checkpoint `first`; it is `last` or `best`"):
         evaluate_run(checked(world, text), tmp_path / "run", "first")
+
+
+def test_a_checkpoint_is_evaluated_at_the_end_of_its_stage(done, world, tmp_path, monkeypatch):
+    """With the counters that it has: schedules in metrics are those of the last step."""
+    folder = tmp_path / "run"
+    shutil.copytree(done.folder, folder)
+    state = folder / (folder / "last").read_text().strip() / "state.json"
+    data = json.loads(state.read_text())
+    data["position"]["counters"] = {"k": 3}
+    state.write_text(json.dumps(data))
+    clocks = []
+    monkeypatch.setattr(Evaluator, "__call__", lambda self, names, batches, backend, clock: clocks.append(clock) or {})
+    evaluate_run(checked(world), folder, "last")
+    (clock,) = clocks
+    assert (clock.step, clock.total_steps, clock.counters) == (4, 4, (("k", 3),))
 
 
 POOLED = """gkd 1
