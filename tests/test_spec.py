@@ -87,3 +87,16 @@ def test_importing_the_package_imports_neither_torch_nor_the_checker() -> None:
     code = "import sys, gkd_dsl; print([m for m in ('torch', 'transformers', 'lark', 'networkx') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+def test_values_are_set_as_a_spec_writes_them() -> None:
+    given = {"on": True, "off": False, "names": ["a", "b"], "rate": 5e-05, "text": "2 epochs", "none": None}
+    found = gkd_dsl.loads("gkd 1\n", params=given).params
+    assert found == {
+        "on": "true",
+        "off": "false",
+        "names": '["a", "b"]',
+        "rate": "5e-05",
+        "text": "2 epochs",
+        "none": "none",
+    }
