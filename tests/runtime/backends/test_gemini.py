@@ -125,13 +125,20 @@ def optimiser(run):
     return {what: torch.cat(values) for what, values in found.items()}
 
 
-def same_optimiser(run, whole):
-    """The step and the moments are those of all steps, and not of those since the run went on."""
+def same_updates(run, whole):
+    """Steps, moments and what weights moved by are those of all steps, and not of those since the run went on."""
     found, expected = optimiser(run), optimiser(whole)
     assert found.keys() == expected.keys() == {"step", "exp_avg", "exp_avg_sq"}
     assert torch.equal(found["step"], torch.full_like(expected["step"], STEPS))
     for what, value in expected.items():
         assert (found[what] - value).norm() <= 0.1 * value.norm(), what
+    # Matrices move by decay above all, vectors by their gradient alone.
+    start = load_file(whole.parent / "s" / "model.safetensors")
+    mine, theirs = (read(place / "checkpoints" / f"main-{STEPS}").models["s"] for place in (run, whole))
+    for axes in (1, 2):
+        names = [name for name, value in start.items() if value.ndim == axes]
+        moved, wanted = (torch.cat([(held[n] - start[n]).flatten() for n in names]) for held in (mine, theirs))
+        assert (moved - wanted).norm() <= 0.1 * wanted.norm(), axes
 
 
 def test_the_run_and_the_export_are_those_of_the_local_backend(place):
@@ -142,12 +149,20 @@ def test_the_run_and_the_export_are_those_of_the_local_backend(place):
     gemini, local = (read(place / run / "checkpoints" / f"main-{STEPS}") for run in ("whole", "local"))
     assert gemini.optimizer.keys() == local.optimizer.keys()
     assert all(gemini.optimizer[key].shape == value.shape for key, value in local.optimizer.items())
-    same_optimiser(place / "whole", place / "local")
+    same_updates(place / "whole", place / "local")
     # Biases and the scales of norms do not decay.
     assert gemini.models["s"]["bert.encoder.layer.0.output.LayerNorm.weight"].mean() > 0.99
     # Masters are saved, not what bf16 leaves of them.
     weights = gemini.models["s"].values()
     assert any(not torch.equal(value, value.bfloat16().float()) for value in weights if value.is_floating_point())
+
+
+def test_the_best_weights_are_put_back_into_chunks(place):
+    ran(1, HERE / "gemini_best.py", "run", "a.gkd", "--offline", "--out", "best", cwd=place)
+    first, last = (read(place / "best" / "checkpoints" / f"main-{step}").models["s"] for step in (2, 4))
+    found = load_file(place / "best" / "export" / "model.safetensors")
+    assert all(torch.equal(value, first[name]) for name, value in found.items())
+    assert any(not torch.equal(value, last[name]) for name, value in found.items())
 
 
 @pytest.mark.parametrize(("spec", "before", "after"), [("a", 2, 1), ("kept", 2, 1), ("a", 1, 2)])
@@ -166,7 +181,7 @@ def test_stopped_it_goes_on_in_another_number(place, spec, before, after):
     assert len(steps(run)) < STEPS
     ran(after, HERE / "gemini_run.py", "run", f"{spec}.gkd", "--offline", "--out", run.name, "--resume", cwd=place)
     same(run, place / "whole")
-    same_optimiser(run, place / "whole")
+    same_updates(run, place / "whole")
 
 
 @pytest.mark.parametrize("killed", [0, 1])
@@ -189,4 +204,4 @@ def test_killed_in_the_middle_of_a_step(place, killed):
     assert read(run / "checkpoints" / "main-2").position.step == 2
     ran(2, HERE / "gemini_run.py", *words, "--resume", cwd=place)
     same(run, place / "whole")
-    same_optimiser(run, place / "whole")
+    same_updates(run, place / "whole")

@@ -94,6 +94,13 @@ def test_a_scale_that_grows_changes_nothing(place):
     np.testing.assert_allclose(column(place / "grows"), column(place / "fp16"), rtol=2e-3, atol=1e-5)
     state = read(place / "grows" / "checkpoints" / f"main-{STEPS}").optimizer
     assert float(state["scaler/scale"]) == 1024.0 * 2**STEPS
+    other = read(place / "fp16" / "checkpoints" / f"main-{STEPS}").optimizer
+    for what in ("exp_avg", "exp_avg_sq"):
+        found, expected = (
+            torch.cat([value.flatten() for key, value in sorted(held.items()) if key.startswith(f"{what}/")])
+            for held in (state, other)
+        )
+        assert (found - expected).norm() <= 0.02 * expected.norm()
 
 
 def test_a_teacher_in_chunks(place):
