@@ -188,7 +188,8 @@ def _batch_slots(op: str) -> frozenset[str] | None:
     spec = lookup(op)
     found = {"valid"}
     for text in spec.signatures if spec is not None else ():
-        found |= {slot.name for slot in compile_signature(text, op).slots if slot.dims[:1] == ("B",)}
+        slots = compile_signature(text, op).slots
+        found |= {slot.name for slot in slots if slot.dims[:1] in (("B",), ("...",))}
     return frozenset(found)
 
 

@@ -13,6 +13,7 @@ from plans import stage_plan
 import gkd_dsl
 from gkd_dsl.graph.nodes import SourceSpec
 from gkd_dsl.models.describe import random_init
+from gkd_dsl.runtime import rows
 from gkd_dsl.runtime.errors import RunError
 from gkd_dsl.runtime.extensions import load_extensions
 from gkd_dsl.runtime.models.load import load
@@ -78,6 +79,17 @@ def test_it_is_run_in_full_precision_beside_forwards_in_half(distiller_of) -> No
     distiller = distiller_of("apart", "import torch; assert not torch.is_autocast_enabled('cpu')")
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.isfinite(distiller(batch()))
+
+
+def test_it_is_given_all_rows_and_gives_those_of_this_process(distiller_of, monkeypatch) -> None:
+    """Its axes are `...`. The other process has the same row here, which stands for the exchange."""
+    distiller = distiller_of("rows", "assert len(student) == len(teacher) == len(valid)")
+    distiller.module.eval()
+    row = {name: value[:1] for name, value in batch().items()}
+    alone, counts = distiller(row), distiller.denominators([row])
+    monkeypatch.setattr(rows, "whole", lambda value: torch.cat((value, value)))
+    with rows.shared(rows.Share(1, (1, 1))):
+        torch.testing.assert_close(distiller(row, counts), alone)
 
 
 def test_memory_that_runs_out_stays_what_it_is(distiller_of) -> None:
