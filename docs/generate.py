@@ -419,7 +419,9 @@ def _options(function: Callable[..., None]) -> list[_Option]:
             metavar = "|".join(choice.value for choice in choices)
         shown = names if bool in types else f"{names} {metavar}"
         default = getattr(parameter.default, "value", parameter.default)
-        if default not in (None, False):
+        if required:
+            help_ = f"{help_} (required)"
+        elif default not in (None, False):
             help_ = f"{help_} (default `{default}`)"
         found.append(_Option(shown, help_, False, required))
     return found

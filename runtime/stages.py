@@ -173,7 +173,12 @@ class Run:
         info, half = self._infos[name], self._half.get(name)
         copies = [other for other, found in self._infos.items() if name in _starts(found)] if half is not None else []
         first = None if half is None or (copies and not saved_in(info, half)) else half
-        made = load(info, models=self.models, seed=self._seeds[name], root=self.root, half=first)
+        trained = any(
+            (target.kind, target.name) == ("model", name) for stage in self.plan.stages for target in stage.stage.trains
+        )
+        made = load(
+            info, models=self.models, seed=self._seeds[name], root=self.root, half=first, trained=trained
+        )  # fmt: skip
         if half is not None and first is None:
             self.models[name] = made
             for other in copies:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -44,8 +46,15 @@ def graph(
     if output is None:
         typer.echo(text)
         return
+    # Beside its place and then there: a full disk leaves an earlier drawing as it was.
+    work = output.with_name(f".{output.name}.{os.getpid()}") if output.is_file() or not output.exists() else output
     try:
-        output.write_text(text, encoding="utf-8")
+        work.write_text(text, encoding="utf-8")
+        if work != output:
+            os.replace(work, output)
     except OSError as error:
+        if work != output:
+            with suppress(OSError):
+                work.unlink()
         fail(f"{output} cannot be written: {error.strerror or error}")
     typer.echo(f"wrote {output}")

@@ -19,11 +19,12 @@ from gkd_dsl.graph.nodes import (
     TrainTarget,
 )
 from gkd_dsl.meaning import mismatch
-from gkd_dsl.meaning.context import Context
+from gkd_dsl.meaning.context import Context, replace
 from gkd_dsl.meaning.reach import misses
 from gkd_dsl.meaning.scope import Scope
 from gkd_dsl.meaning.training import Training
 from gkd_dsl.meaning.values import Model, NamedLoss
+from gkd_dsl.models.fields import positions
 from gkd_dsl.models.tokenizer import same_ids
 from gkd_dsl.sources import columns_of, label_count
 from gkd_dsl.syntax import ast
@@ -147,6 +148,7 @@ def batch(ctx: Context, scope: Scope, decl: ast.Stage, node: StageNode, source: 
         return
     shape = ctx.source_kinds[source.name]
     args = dict(source.args)
+    _lengths(ctx, scope, decl, node, source, models)
     task = next((m.info.task for m in models if m.info.task != "encoder"), head.info.task)
     columns = columns_of(shape, args, task)
     for key in sorted(below):
@@ -170,6 +172,30 @@ def batch(ctx: Context, scope: Scope, decl: ast.Stage, node: StageNode, source: 
     read_columns = {ctx.builder.node(key).column for key in below if key.startswith("batch/")}  # type: ignore[attr-defined]
     if "labels" in read_columns and columns.get("labels") is not None and len(columns["labels"].dims) == 1:
         _labels(ctx, scope, decl, node, source, models, below)
+
+
+def _lengths(
+    ctx: Context, scope: Scope, decl: ast.Stage, node: StageNode, source: SourceSpec, models: list[Model]
+) -> None:
+    """A text has no more tokens than every model has positions for."""
+    said = node.max_length if node.max_length is not None else source.arg("max_length")
+    known = [
+        (count, model) for model in models if not model.info.formal and (count := positions(model.info)) is not None
+    ]
+    if not isinstance(said, int) or not known:
+        return
+    most, model = min(known, key=lambda pair: pair[0])
+    if said <= most:
+        return
+    setting = next((s for s in decl.body if isinstance(s, ast.Setting) and s.name.text == "max_length"), None)
+    if setting is not None and node.max_length is not None:
+        span, fix = setting.value.span, replace(setting.value.span, str(most))
+    else:
+        span, fix = (source.location.span if source.location is not None else decl.name.span), None
+    ctx.error(
+        scope, "E0403", f"`max_length` is {said}, and `{model.name}` has positions for {most} tokens", span,
+        f"at most {most}", fix=fix,
+    )  # fmt: skip
 
 
 def _vocabularies(ctx: Context, scope: Scope, decl: ast.Stage, models: list[Model]) -> None:

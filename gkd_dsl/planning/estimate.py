@@ -10,6 +10,7 @@ from gkd_dsl.graph.passes.fuse import fuse
 from gkd_dsl.graph.passes.sparse import TopK, sparse
 from gkd_dsl.graph.plan import HeadPlan, SpecPlan, StagePlan
 from gkd_dsl.graph.stored import refusals, sparse_keys, student_task, temperatures
+from gkd_dsl.models.fields import positions
 from gkd_dsl.models.heads import is_packed
 from gkd_dsl.planning import operators, parameters
 from gkd_dsl.planning.blocks import Shape
@@ -162,12 +163,7 @@ def length_of(stage: StagePlan) -> int:
     source = stage.stage.source
     said = stage.stage.max_length or (source.arg("max_length") if source is not None else None)
     length = int(said) if isinstance(said, int) else _LENGTH
-    most = [
-        found
-        for node in stage.models
-        for name in ("max_position_embeddings", "n_positions")
-        if isinstance(found := parameters.config_value(node.info, name), int)
-    ]
+    most = [count for node in stage.models if (count := positions(node.info)) is not None]
     return min([length, *most])
 
 

@@ -6,11 +6,11 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any
 
 from gkd_dsl.graph.nodes import PolicyNode, ProjectNode
 from gkd_dsl.models.errors import ModelError
 from gkd_dsl.models.families import FAMILIES
+from gkd_dsl.models.fields import config_value
 from gkd_dsl.models.info import ModelInfo
 from gkd_dsl.models.lora import selected_modules
 from gkd_dsl.models.resolve import part_modules
@@ -52,17 +52,6 @@ class Parameters:
             item for item in self.shapes if any(not m or item[0] == m or item[0].startswith(f"{m}.") for m in chosen)
         ]
         return Parameters(tuple(kept), self.exact)
-
-
-def config_value(info: ModelInfo, name: str) -> Any:
-    """A field of the config, by any of its spellings, or the default of the family; None where there is none."""
-    family = FAMILIES.get(info.family or "")
-    if family is None:
-        return info.config.get(name)
-    for spelling in (name, *(other for other, target in family.aliases.items() if target == name)):
-        if spelling in info.config:
-            return info.config[spelling]
-    return family.defaults.get(name)
 
 
 @lru_cache(maxsize=64)

@@ -79,16 +79,25 @@ def load(
     seed: int = 0,
     root: Path | None = None,
     half: torch.dtype | None = None,
+    trained: bool = True,
 ) -> PreTrainedModel:
     """The model, in eval mode, in `dtype` (float32 unless given) on `device`; what is new in it is logged.
 
     `models` holds the models of the spec made so far (the base of a truncated one, and one whose embeddings say
     which ids are alike). `seed` gives new weights; `root` is where the paths of a counted source start.
     With `half` the matrices are in that dtype: of a model that nothing trains, and that is run under autocast to it.
+    Of one that is not `trained` all weights of the body have to be saved, but for a pooler.
 
     Raises ModelError.
     """
     model, report = load_with_report(info, dtype=dtype, device=device, models=models, seed=seed, root=root, half=half)
+    if not trained and info.build.kind == "hf":
+        body = _body_names(model)
+        if lacking := [key for key in report.new if key in body and "pooler" not in key.split(".")]:
+            raise ModelError(
+                f'{_some(lacking)} of "{info.location}" are not in its files, and no stage trains them',
+                "fetch its files again, or name the checkpoint that the config belongs to",
+            )
     if str(report):
         log.log(logging.INFO if report.all_new else logging.WARNING, "%s", report)
     return model

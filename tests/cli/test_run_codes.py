@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -156,3 +158,22 @@ def test_a_teacher_alone_is_trained_with_nothing_beside_it(folder: Path) -> None
     assert (folder / "here" / "export" / "model.safetensors").is_file()
     assert not (folder / "here" / "comparison.json").exists()
     assert "error[E0807]: no stage of this spec evaluates a metric" in said("eval", "here")
+
+
+def test_a_drawing_that_cannot_be_written_leaves_the_one_that_is_there(folder: Path) -> None:
+    words = ["graph", "small.gkd", "--set", "rows=rows.csv", "-o"]
+    result = CliRunner().invoke(application(), [*words, "drawn.svg"])
+    assert result.exit_code == 0, result.output
+    drawn = (folder / "drawn.svg").read_text()
+    replaced, os.replace = os.replace, _full
+    try:
+        assert "drawn.svg cannot be written: No space left" in said(*words, "drawn.svg")
+    finally:
+        os.replace = replaced
+    assert (folder / "drawn.svg").read_text() == drawn
+    assert not list(folder.glob(".drawn*"))
+    assert "cannot be written" in said(*words, "nowhere/drawn.svg")
+
+
+def _full(*paths: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from meaning_help import HARD, REVIEWS, SHORT, SOFT, STUDENT, TEACHER, check, codes, good, inputs, spec, stage
+from meaning_help import CAUSAL, HARD, REVIEWS, SHORT, SOFT, STUDENT, TEACHER, check, codes, good, inputs, spec, stage
 
 from gkd_dsl.graph.explain import explain
 from gkd_dsl.graph.nodes import TrainTarget
@@ -93,6 +93,24 @@ def test_settings_of_a_stage() -> None:
     optim = found.optim
     assert (optim.name, optim.lr, optim.momentum, optim.decay, optim.clip) == ("sgd", 0.1, 0.9, "cosine", None)
     assert (optim.warmup, optim.weight_decay) == (Span(10.0, "percent"), 0.0)
+
+
+def test_a_text_has_no_more_tokens_than_the_models_have_positions_for() -> None:
+    text = spec(SOFT + stage("max_length = LENGTH\nminimize soft"))
+    good(text.replace("LENGTH", "512"))
+    (found,) = check(text.replace("LENGTH", "513")).diagnostics.errors
+    assert found.code == "E0403"
+    assert "has positions for 512 tokens" in found.message
+    assert found.fix is not None
+    assert [edit.text for edit in found.fix.edits] == ["512"]
+    of_source = REVIEWS.replace(")", ", max_length = 600)")
+    (found,) = check(spec(SOFT + stage("minimize soft"), data=of_source)).diagnostics.errors
+    assert found.message.startswith("`max_length` is 600, and")
+    good(spec(SOFT + stage("max_length = 100\nminimize soft"), data=of_source))
+    # Computed positions have no end.
+    soft = SOFT.replace("2.0", '2.0, align = "trim"')
+    causal = "gkd 1\n" + CAUSAL + soft + stage("max_length = 100_000\nminimize soft")
+    assert codes(check(causal)) == []
 
 
 def test_losses_declared_in_a_stage_are_its_own() -> None:

@@ -51,6 +51,22 @@ def test_a_new_head_is_said_to_be_new(folder, tmp_path, caplog):
     assert not torch.equal(load(info, seed=2).classifier.weight, model.classifier.weight)
 
 
+@pytest.mark.parametrize("name", ["encoder.layer.1.output.dense.weight", "embeddings.word_embeddings.weight"])
+def test_what_a_frozen_model_lacks_is_refused(folder, tmp_path, name):
+    model = build(folder, "bert", "encoder").model
+    state = {key: value for key, value in model.state_dict().items() if key != name and "pooler" not in key}
+    model.save_pretrained(tmp_path, state_dict=state)
+    info = describe(str(tmp_path), task="classification", num_labels=3)
+    with pytest.raises(ModelError, match=rf"bert\.{name} of .* not in its files, and no stage trains them"):
+        load(info, trained=False)
+    # What is trained may start from new values, and so may a head and a pooler.
+    load(info)
+    model.save_pretrained(
+        tmp_path, state_dict={key: value for key, value in model.state_dict().items() if "pooler" not in key}
+    )
+    load(info, trained=False)
+
+
 def test_loading_leaves_the_random_state_alone(folder):
     torch.manual_seed(4)
     expected = torch.rand(3)

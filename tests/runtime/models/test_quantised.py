@@ -185,7 +185,7 @@ def test_a_model_that_was_saved_quantised(folder):
         ("bitsandbytes(load_in_4bit = 1)", "E0404", "takes true or false"),
         ("bitsandbytes(load_in_8bit = true, llm_int8_skip_modules = [1])", "E0404", "a list of texts"),
         ("bitsandbytes(load_in_4bits = true)", "E0234", "no argument `load_in_4bits`"),
-        ("bitsandbytes(load_in_4bit = true, load_in_4bit = true)", "E0234", "given twice"),
+        ("bitsandbytes(load_in_4bit = true, load_in_4bit = true)", "E0241", "given twice"),
         ("torchao()", "E0436", "takes a scheme first"),
         ('torchao("int3_weight_only")', "E0436", "no scheme `int3_weight_only`"),
         ('torchao("int8_weight_only", group_size = 0)', "E0404", "a whole number from 1"),
