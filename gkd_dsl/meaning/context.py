@@ -10,6 +10,7 @@ from gkd_dsl.diagnostics import Diagnostic, Diagnostics, Edit, Fix, Label, Note
 from gkd_dsl.diagnostics.suggest import did_you_mean
 from gkd_dsl.graph.build import GraphBuilder
 from gkd_dsl.graph.nodes import StageNode
+from gkd_dsl.meaning import values
 from gkd_dsl.meaning.scope import Scope
 from gkd_dsl.meaning.values import UNKNOWN, Instance, Model, Policy, Tensor, Value
 from gkd_dsl.ops.typing import Mismatch, Typed
@@ -93,14 +94,15 @@ class Context:
         """The columns that a batch may have, as the models of a scope read it.
 
         Labels are classes for a classifier, tokens for a language model. Where there are both, `labels` is for the
-        first by role, and `token_labels` for the language models.
+        first by role, and `token_labels` for the language models. They are numbers where all labelled sources of the
+        spec are for regression.
         """
         tokens = TensorType("int", (BATCH, LENGTH))
         columns = dict.fromkeys(("input_ids", "attention_mask", "token_type_ids"), tokens)
         order = {"student": 0, "model": 1, "teacher": 2}
         heads = sorted((m for m in self._models(scope) if m.info.task != "encoder"), key=lambda m: order[m.role])
         if heads:
-            columns["labels"] = TensorType("int", (BATCH,)) if heads[0].info.task == "classification" else tokens
+            columns["labels"] = self._row_labels() if heads[0].info.task == "classification" else tokens
         if any(m.info.task in ("masked_lm", "causal_lm") for m in heads):
             columns["token_labels"] = tokens
         return columns
@@ -108,7 +110,21 @@ class Context:
     def label_types(self, scope: Scope) -> set[TensorType]:
         """What `batch.labels` may be to the models of a scope."""
         found = {m.info.task for m in self._models(scope)} - {"encoder"}
-        return {TensorType("int", (BATCH,) if task == "classification" else (BATCH, LENGTH)) for task in found}
+        tokens = TensorType("int", (BATCH, LENGTH))
+        return {self._row_labels() if task == "classification" else tokens for task in found}
+
+    def _row_labels(self) -> TensorType:
+        """What the label of a row is: a class, or a number to predict."""
+        tasks = set()
+        for definition in self.root_scope.names.values():
+            if isinstance(definition.decl, ast.DataDecl) and definition.span is not None:
+                # To look at a source is not to use it.
+                used = definition.used
+                value = self.evaluate(self.root_scope, ast.Name(definition.span, definition.name))
+                definition.used = used
+                if isinstance(value, values.Source) and value.spec.arg("label") is not None:
+                    tasks.add(value.spec.arg("task"))
+        return TensorType("float" if tasks == {"regression"} else "int", (BATCH,))
 
     def _models(self, scope: Scope | None) -> list[Model]:
         """The models that a scope sees: in a method those it was given, else all of the spec."""

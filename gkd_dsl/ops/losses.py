@@ -46,6 +46,19 @@ OPS: tuple[OpSpec, ...] = (
         carries_dims=True,
     ),
     OpSpec(
+        "squared_error",
+        "loss",
+        (
+            "squared_error(student: Float[B], labels: Tensor[B]) -> Loss[B]",
+            "squared_error(student: Float[B, 1], labels: Tensor[B]) -> Loss[B]",
+        ),
+        'Squared difference of a predicted number from the label, for `task = "regression"`.',
+        "(student - label)^2",
+        positions="one number per text",
+        masked=True,
+        carries_dims=True,
+    ),
+    OpSpec(
         "soft_cross_entropy",
         "loss",
         _divergence("soft_cross_entropy", "true"),

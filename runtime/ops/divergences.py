@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gkd_dsl.runtime.ops.common import full, mask_for, on_rows
+from gkd_dsl.runtime.ops.common import full, mask_for, on_rows, zero_where_not
 from gkd_dsl.runtime.ops.registry import function
 
 
@@ -53,6 +53,17 @@ def cross_entropy(
     check_labels(targets, student.shape[-1])
     losses = F.cross_entropy(full(student[counted]), targets, reduction="none", label_smoothing=label_smoothing)
     return losses.new_zeros(labels.shape).masked_scatter(counted, losses)
+
+
+@function("squared_error")
+def squared_error(
+    student: Tensor, labels: Tensor, *, valid: Tensor | None = None, dims: Sequence[str] | None = None
+) -> Tensor:
+    """(student - label)^2 in fp32: [B] or [B, 1], [B] -> [B]; 0 where the mask does not hold."""
+    x = full(student).reshape(labels.shape)
+    mask = mask_for(labels.shape, dims, valid, False, labels.device)
+    # Chosen before the subtraction: what does not count may be infinite.
+    return (zero_where_not(mask, x) - zero_where_not(mask, labels.to(x.dtype))).square()
 
 
 def check_labels(targets: Tensor, classes: int) -> None:

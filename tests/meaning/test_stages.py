@@ -170,8 +170,17 @@ def test_a_schedule_that_never_is_zero_divides() -> None:
 
 def test_labels_that_are_numbers_are_no_classes() -> None:
     data = REVIEWS.replace(")", ', task = "regression")')
-    assert codes(check(spec(HARD + stage("minimize hard"), STUDENT, data))) == ["E0506"]
+    assert codes(check(spec(HARD + stage("minimize hard"), STUDENT, data))) == ["E0303"]
     good(spec(SOFT + stage("minimize soft"), data=data))
+    one = 'student s = hf("models/student", num_labels = 1)\n'
+    number = "loss number = squared_error(s.logits, batch.labels)\nmetric r = pearson(s.logits, batch.labels)\n"
+    good(spec(number + stage("minimize number\nevaluate r every 1 epoch"), one, data))
+    # Where there are sources of both kinds, labels are classes.
+    both = data + REVIEWS.replace("data reviews", "data others")
+    asked = stage("source = reviews\nminimize number\nevaluate r every 1 epoch")
+    assert codes(check(spec(number + asked, one, both))) == ["E0506"]
+    classes = stage("source = others\nminimize hard")
+    assert not check(spec(HARD + classes, STUDENT, both)).diagnostics.errors
 
 
 def test_labels_and_heads() -> None:

@@ -330,3 +330,26 @@ def test_gradcheck_of_the_others():
     scores, valid = logits(2, 2, 3, 3).requires_grad_(), torch.tensor([[True, True, False], [True, True, True]])
     other = logits(2, 2, 3, 3, seed=3)
     assert torch.autograd.gradcheck(lambda a: ops.attention_kl(a, other, valid=valid, causal=True), (scores,))
+
+
+@pytest.mark.parametrize("shape", [(5,), (5, 1)])
+def test_squared_error_is_that_of_numpy(shape):
+    x, y = torch.randn(shape, dtype=torch.float64), torch.tensor([1, -2, 0, 7, 3])
+    x.requires_grad_()
+    found = ops.squared_error(x, y)
+    wanted = (x.detach().numpy().reshape(5) - y.numpy()) ** 2
+    np.testing.assert_allclose(found.detach().numpy(), wanted, rtol=1e-12)
+    (slope,) = torch.autograd.grad(found.sum(), [x])
+    np.testing.assert_allclose(slope.numpy().reshape(5), 2 * (x.detach().numpy().reshape(5) - y.numpy()), rtol=1e-12)
+    half = ops.squared_error(torch.full(shape, 300.0, dtype=torch.bfloat16), torch.zeros(5))
+    assert half.dtype == torch.float32
+    assert torch.equal(half, torch.full((5,), 9e4))
+
+
+def test_squared_error_where_a_row_does_not_count():
+    x = torch.tensor([1.0, float("inf"), 2.0], requires_grad=True)
+    valid = torch.tensor([True, False, True])
+    found = ops.squared_error(x, torch.zeros(3), valid=valid, dims=("B",))
+    assert found.tolist() == [1.0, 0.0, 4.0]
+    (slope,) = torch.autograd.grad(found.sum(), [x])
+    assert slope.tolist() == [2.0, 0.0, 4.0]

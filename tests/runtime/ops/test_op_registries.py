@@ -70,6 +70,8 @@ def test_the_function_returns_the_shape_and_the_dtype_of_the_checked_type(spec, 
                 dims.extend(leading[1:] if "B" in slot.dims[:place] else leading)
             elif dim in ("B", "L"):
                 dims.append(BATCH if dim == "B" else LENGTH)
+            elif dim.isdecimal():
+                dims.append(Dim("s.C", int(dim)))
             elif dim == "each":
                 dims.append(Dim(f"m{name}.H", data.draw(st.integers(1, 4))))
             else:
