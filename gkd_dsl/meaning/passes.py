@@ -23,6 +23,7 @@ from gkd_dsl.meaning.values import (
     Value,
     kind,
 )
+from gkd_dsl.models.fields import rotary
 from gkd_dsl.models.info import ModelInfo
 from gkd_dsl.models.resolve import TOP, ResolvedTap
 from gkd_dsl.syntax import ast
@@ -31,7 +32,6 @@ from gkd_dsl.types import BATCH, LENGTH, TensorType
 _SETTINGS = {"grad": ("keep", "discard")}
 _COLUMNS = ("input_ids", "attention_mask")
 _ALIKE = {"H": "width", "A": "heads", "KV": "key heads", "D": "width of a head"}
-_ROTARY = ("rope_theta", "rope_parameters", "rope_scaling")
 
 
 @dataclass
@@ -312,9 +312,8 @@ def _fits(
     for size, word in _ALIKE.items():
         if not differ and ours.size(size) != theirs.size(size):
             differ = f"{word}: `{base.name}.{size}` is {ours.size(size)}, `{lender.name}.{size}` is {theirs.size(size)}"
-    for name in _ROTARY:
-        if not differ and ours.config.get(name) != theirs.config.get(name):
-            differ = f"`{name}` of their configs, by which positions are rotated"
+    if not differ and rotary(ours) != rotary(theirs):
+        differ = "their configs say otherwise by what positions are rotated (`rope_theta`, `rope_parameters`)"
     for layer in layers if not differ else ():
         if _attends(ours, _blocks(target)[0]) != _attends(theirs, layer):
             differ = f"block {layer} has another window of attention than the block that it replaces"

@@ -32,3 +32,15 @@ def positions(info: ModelInfo) -> int | None:
     # Its positions begin behind the number of the padding token.
     first = config_value(info, "pad_token_id") if info.family == "roberta" else None
     return count - first - 1 if isinstance(first, int) else count
+
+
+def rotary(info: ModelInfo) -> tuple[Any, str, tuple[tuple[str, str], ...]]:
+    """By what positions are rotated: the base, the kind, and what else is given, however a config spells it.
+
+    transformers 4 writes `rope_theta` and `rope_scaling`, transformers 5 `rope_parameters` with both.
+    """
+    found = info.config.get("rope_parameters") or info.config.get("rope_scaling")
+    given = dict(found) if isinstance(found, dict) else {}
+    inside, kinds = given.pop("rope_theta", None), [given.pop(name, None) for name in ("rope_type", "type")]
+    theta = inside or info.config.get("rope_theta") or 10000.0
+    return theta, str(kinds[0] or kinds[1] or "default"), tuple(sorted((k, repr(v)) for k, v in given.items()))

@@ -232,7 +232,20 @@ KINDS = {"layer_types": ["full_attention", "sliding_attention"], "sliding_window
     [
         (LLAMA, LLAMA, (0, 1), None),
         (LLAMA, {**LLAMA, "rope_theta": 5e5}, (0, 0), "`rope_theta`"),
-        (LLAMA, {**LLAMA, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}, (0, 0), "`rope_scaling`"),
+        (LLAMA, {**LLAMA, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}, (0, 0), "positions are rotated"),
+        (LLAMA, {**LLAMA, "rope_theta": 1e4}, (0, 0), None),
+        (
+            {**LLAMA, "rope_theta": 5e5},
+            {**LLAMA, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+            (0, 0),
+            None,
+        ),
+        (
+            {**LLAMA, "rope_scaling": {"type": "linear", "factor": 2.0}},
+            {**LLAMA, "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+            (0, 0),
+            None,
+        ),
         (LLAMA, {**LLAMA, "num_key_value_heads": 2}, (0, 0), "key heads"),
         (LLAMA, {**LLAMA, "head_dim": 8}, (0, 0), "width of a head"),
         (LLAMA, {**QWEN}, (0, 0), "family"),
