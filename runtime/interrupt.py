@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
+from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
 
+_SAID = b"\nstopping: what is running ends and is saved first; once more ends at once\n"
+
 
 class StopRequest:
-    """Within, the first SIGINT or SIGTERM only sets `asked`; a second one interrupts as usual."""
+    """Within, the first SIGINT or SIGTERM only sets `asked`, and says so; a second one interrupts as usual."""
 
     def __init__(self) -> None:
         self.asked = False
@@ -34,3 +38,7 @@ class StopRequest:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
+        if os.environ.get("RANK", "0") == "0":
+            # Not by print: a handler may run in the middle of one.
+            with suppress(OSError):
+                os.write(2, _SAID)

@@ -193,6 +193,18 @@ def test_a_second_signal_does_not_wait(tmp_path):
         run(two_stages(), RunFolder.create("twice", root=tmp_path), [At(2, twice)])
 
 
+@pytest.mark.parametrize("rank", [None, "0", "1"])
+def test_the_first_process_says_that_it_is_asked_to_stop(rank, monkeypatch, capfd):
+    if rank is None:
+        monkeypatch.delenv("RANK", raising=False)
+    else:
+        monkeypatch.setenv("RANK", rank)
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.asked
+    assert ("once more ends at once" in capfd.readouterr().err) == (rank != "1")
+
+
 def test_a_run_in_a_thread_leaves_the_handlers_alone():
     """Python lets the main thread alone set them; who runs us there may ask for the end of it."""
     before, seen = signal.getsignal(signal.SIGINT), []
