@@ -207,7 +207,7 @@ def _is_every(expr: ast.Expr) -> bool:
 def _every(ctx: Context, scope: Scope, base: Value | None, expr: ast.Expr) -> Value:
     """`every(2)`, `every(2, start = 1)`: one block of so many of the model that is cut."""
     assert isinstance(expr, ast.Call)
-    found: dict[str, Value] = {}
+    found: dict[str, int] = {}
     for arg in expr.args:
         name = arg.name.text if arg.name is not None else "step"
         value = ctx.evaluate(scope, arg.value)
@@ -215,15 +215,15 @@ def _every(ctx: Context, scope: Scope, base: Value | None, expr: ast.Expr) -> Va
             return UNKNOWN
         if name not in ("step", "start") or name in found:
             return ctx.error(scope, "E0234", "`every` takes a step, and `start`", arg.span, "write `every(2)`")
-        found[name] = value
+        # Below what either may be: no whole number.
+        found[name] = value.value if isinstance(value, Num) and isinstance(value.value, int) else -1
     count = base.info.size("N") if isinstance(base, Model) else None
-    step, start = found.get("step"), found.get("start", Num(0))
-    whole = all(isinstance(given, Num) and isinstance(given.value, int) for given in (step, start))
-    if not whole or step.value < 1 or start.value < 0:  # type: ignore[union-attr]
+    step, start = found.get("step", -1), found.get("start", 0)
+    if step < 1 or start < 0:
         return ctx.error(scope, "E0404", "`every` takes whole numbers: a step from 1, a start from 0", expr.span)
     if count is None:
         return ctx.error(scope, "E0508", "`every` counts the blocks of a model of this spec", expr.span)
-    return Items(tuple(Num(n) for n in range(start.value, count, step.value)))  # type: ignore[arg-type, union-attr]
+    return Items(tuple(Num(n) for n in range(start, count, step)))
 
 
 def _are_layers(value: object) -> bool:
