@@ -301,3 +301,15 @@ def keys(graph: nx.MultiDiGraph, kind: type) -> set[str]:
 
 def slots(graph: nx.MultiDiGraph, key: str) -> dict[str, str]:
     return inputs(graph, key)
+
+
+def write_llamas(folder: Path) -> None:
+    """Configs of two small language models, `t` and `s`, and texts."""
+    for name, layers in (("t", 3), ("s", 2)):
+        (folder / name).mkdir()
+        config = {
+            "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 50, "hidden_size": 16,
+            "num_hidden_layers": layers, "num_attention_heads": 2, "intermediate_size": 32,
+        }  # fmt: skip
+        (folder / name / "config.json").write_text(json.dumps(config))
+    (folder / "rows.csv").write_text("text\n" + "some words\n" * 9)

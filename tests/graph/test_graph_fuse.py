@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from graph_help import write_llamas
 
 from gkd_dsl.graph.nodes import AddToTap
 from gkd_dsl.graph.passes import compile_plan
@@ -35,14 +35,7 @@ S, T = "s/logits", "t/logits"
 
 @pytest.fixture
 def plan(tmp_path: Path) -> StagePlan:
-    for name, layers in (("t", 3), ("s", 2)):
-        (tmp_path / name).mkdir()
-        config = {
-            "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 50, "hidden_size": 16,
-            "num_hidden_layers": layers, "num_attention_heads": 2, "intermediate_size": 32,
-        }  # fmt: skip
-        (tmp_path / name / "config.json").write_text(json.dumps(config))
-    (tmp_path / "rows.csv").write_text("text\n" + "some words\n" * 9)
+    write_llamas(tmp_path)
     checked = check_text(SPEC, "fuse.gkd", root=tmp_path)
     assert checked.ok
     return compile_plan(checked.graph).stages[0]

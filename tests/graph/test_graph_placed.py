@@ -1,8 +1,7 @@
 """What `explain` says of fused losses is what the runtime block leaves of them."""
 
-import json
-
 import pytest
+from graph_help import write_llamas
 
 from gkd_dsl.graph.explain import explain
 from gkd_dsl.meaning.check import check_text
@@ -53,14 +52,7 @@ def test_a_head_that_is_quantised_is_not_run_with_them(how, heads, tmp_path):
 
 
 def fused(text, tmp_path):
-    for name, layers in (("t", 3), ("s", 2)):
-        (tmp_path / name).mkdir()
-        config = {
-            "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 50, "hidden_size": 16,
-            "num_hidden_layers": layers, "num_attention_heads": 2, "intermediate_size": 32,
-        }  # fmt: skip
-        (tmp_path / name / "config.json").write_text(json.dumps(config))
-    (tmp_path / "rows.csv").write_text("text\n" + "some words\n" * 9)
+    write_llamas(tmp_path)
     checked = check_text(text, "placed.gkd", root=tmp_path)
     assert [d.message for d in checked.diagnostics.errors] == []
     (stage,) = explain(checked.graph, runtime=checked.runtime).stages
